@@ -1,0 +1,197 @@
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checks the trainer's configuration for full-vocabulary distillation, in the driver, before any Ray actor starts.
+
+Every error names the key, its value and the fix.
+"""
+
+import os
+from typing import Any, Optional
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl.trainer.ppo.on_policy_distillation import HYBRID, PURE, DistillationLossConfig, is_distillation_loss
+from verl.utils.fs import copy_to_local
+from verl.utils.output_projection import find_output_projection
+from verl.workers.config.teacher import TEACHER_PAYLOADS
+
+__all__ = ["is_pure_distillation", "teacher_is_enabled", "validate_distillation"]
+
+# Settings of Hugging Face configurations under which logits are more than hidden states times a matrix.
+_HEAD_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "mup_width_scale")
+
+
+def _loss_mode(config: DictConfig) -> str:
+    return config.actor_rollout_ref.actor.policy_loss.get("loss_mode", "vanilla")
+
+
+def teacher_is_enabled(config: DictConfig) -> bool:
+    """Whether the actor's policy loss is one of the two distillation losses."""
+    return is_distillation_loss(_loss_mode(config))
+
+
+def is_pure_distillation(config: DictConfig) -> bool:
+    """Whether the policy loss is the divergence alone, so that no RL quantity is needed."""
+    return _loss_mode(config) == PURE
+
+
+def validate_distillation(config: DictConfig) -> None:
+    """Check the trainer's configuration; does nothing when neither distillation loss nor a teacher is named.
+
+    Raises:
+        ValueError: naming the key, the value and the fix.
+    """
+    teacher_path = OmegaConf.select(config, "teacher.model.path")
+    if not teacher_is_enabled(config):
+        if teacher_path is not None:
+            raise ValueError(
+                f"teacher.model.path={teacher_path} has no effect with actor_rollout_ref.actor.policy_loss.loss_mode="
+                f"{_loss_mode(config)}: set loss_mode={PURE} or {HYBRID}, or leave teacher.model.path out."
+            )
+        return
+    _check_trainer(config)
+    _check_student(config)
+    _check_loss(config)
+    _check_teacher(config, teacher_path)
+
+
+def _refuse(config: DictConfig, key: str, bad: Any, fix: str) -> None:
+    """Raise if `key` has the value `bad`."""
+    value = OmegaConf.select(config, key)
+    if value == bad:
+        raise ValueError(f"{key}={value} does not go with policy_loss.loss_mode={_loss_mode(config)}: {fix}")
+
+
+def _check_trainer(config: DictConfig) -> None:
+    _refuse(
+        config,
+        "distillation.enabled",
+        True,
+        "it is VERL's own top-k / sampled distillation. Choose one: distillation.enabled=False keeps the exact "
+        "full-vocabulary loss, policy_loss.loss_mode=vanilla keeps VERL's.",
+    )
+    _refuse(config, "trainer.use_v1", False, "only the V1 trainer has a teacher; set trainer.use_v1=True.")
+    mode = config.trainer.v1.trainer_mode
+    if mode == "separate_async":
+        raise ValueError(
+            f"trainer.v1.trainer_mode={mode} is not supported with {_loss_mode(config)}: set it to sync or colocate_async."
+        )
+
+
+def _check_student(config: DictConfig) -> None:
+    actor, model = "actor_rollout_ref.actor", "actor_rollout_ref.model"
+    strategy = config.actor_rollout_ref.actor.strategy
+    if strategy not in ("fsdp", "fsdp2"):
+        raise ValueError(
+            f"{actor}.strategy={strategy} is not supported with {_loss_mode(config)}: set it to fsdp2 or fsdp."
+        )
+    _refuse(config, f"{model}.use_fused_kernels", True, "fused kernels give no logits; set it to False.")
+    _refuse(config, f"{actor}.fsdp_config.pad_to_length", True, "padding rows have no teacher; set it to False.")
+    for key in (f"{actor}.ulysses_sequence_parallel_size", f"{actor}.fsdp_config.ulysses_sequence_parallel_size"):
+        size = OmegaConf.select(config, key)
+        if size is not None and size > 1:
+            raise ValueError(f"{key}={size} is not supported with {_loss_mode(config)}: set it to 1.")
+
+
+def _check_loss(config: DictConfig) -> None:
+    settings = DistillationLossConfig.from_config(config.actor_rollout_ref.actor)
+    if settings.distillation_type == "skew_reverse_kl" and settings.distillation_beta == 0.0:
+        raise ValueError(
+            "distillation_beta=0.0 makes distillation_type=skew_reverse_kl zero everywhere: set distillation_beta above 0 "
+            "(1.0 is reverse KL)."
+        )
+    if not is_pure_distillation(config):
+        return
+    hybrid = f"or train with policy_loss.loss_mode={HYBRID}, which has an RL term."
+    _refuse(config, "actor_rollout_ref.actor.use_kl_loss", True, f"it has no reference policy. Set it to False, {hybrid}")
+    _refuse(config, "algorithm.use_kl_in_reward", True, f"it uses no reward. Set it to False, {hybrid}")
+    _refuse(config, "critic.enable", True, f"it uses no critic. Set it to null, {hybrid}")
+    entropy_coeff = config.actor_rollout_ref.actor.entropy_coeff
+    if entropy_coeff != 0:
+        raise ValueError(
+            f"actor_rollout_ref.actor.entropy_coeff={entropy_coeff} does not go with policy_loss.loss_mode={PURE}: the "
+            f"divergence is the whole loss. Set it to 0, {hybrid}"
+        )
+
+
+def _check_teacher(config: DictConfig, path: Optional[str]) -> None:
+    if not path:
+        raise ValueError(
+            f"teacher.model.path is not set, and policy_loss.loss_mode={_loss_mode(config)} needs a teacher: "
+            "set teacher.model.path to a checkpoint that shares the student's tokenizer."
+        )
+    payload = config.teacher.payload
+    if payload not in TEACHER_PAYLOADS:
+        raise ValueError(f"teacher.payload={payload} is not a payload: choose one of {list(TEACHER_PAYLOADS)}.")
+    student_path = config.actor_rollout_ref.model.path
+    student = _load_config("actor_rollout_ref.model.path", student_path, config.actor_rollout_ref.model)
+    teacher = _load_config("teacher.model.path", path, config.teacher.model)
+    _check_tokenizers(config, student, teacher)
+    if payload == "hidden_states":
+        _check_head(path, teacher)
+
+
+def _load_config(key: str, path: str, model: DictConfig) -> Any:
+    from transformers import AutoConfig
+
+    local = copy_to_local(os.path.expanduser(path))
+    if os.path.isabs(local) and not os.path.isdir(local):
+        raise ValueError(f"{key}={path} does not exist: give the folder of a Hugging Face checkpoint.")
+    try:
+        return AutoConfig.from_pretrained(local, trust_remote_code=model.get("trust_remote_code", False))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}={path} is not a Hugging Face checkpoint that can be read: {error}") from error
+
+
+def _vocabulary(path: str, model: DictConfig) -> dict[str, int]:
+    from verl.utils import hf_tokenizer
+
+    path = model.get("tokenizer_path", None) or path
+    local = copy_to_local(os.path.expanduser(path))
+    return hf_tokenizer(local, trust_remote_code=model.get("trust_remote_code", False)).get_vocab()
+
+
+def _check_tokenizers(config: DictConfig, student: Any, teacher: Any) -> None:
+    """The same token ids must mean the same text, or the two distributions are over different things."""
+    student_path, teacher_path = config.actor_rollout_ref.model.path, config.teacher.model.path
+    ours, theirs = _vocabulary(student_path, config.actor_rollout_ref.model), _vocabulary(teacher_path, config.teacher.model)
+    different = sorted(ours.items() ^ theirs.items(), key=lambda item: item[1])
+    if different:
+        token, index = different[0]
+        raise ValueError(
+            f"teacher.model.path={teacher_path} has another tokenizer than actor_rollout_ref.model.path={student_path} "
+            f"({len(theirs)} and {len(ours)} tokens; the first difference is {token!r} = {index}): "
+            "full-vocabulary distillation compares them entry by entry, so choose a teacher with the student's tokenizer."
+        )
+    for key, model in (("actor_rollout_ref.model.path", student), ("teacher.model.path", teacher)):
+        size = model.get_text_config().vocab_size
+        if size <= max(ours.values()):
+            raise ValueError(
+                f"{key} has vocab_size={size}, fewer than the tokenizer's {max(ours.values()) + 1} ids: "
+                "give a checkpoint whose embedding covers its tokenizer."
+            )
+
+
+def _check_head(path: str, teacher: Any) -> None:
+    text = teacher.get_text_config()
+    for name in _HEAD_TRANSFORMS:
+        value = getattr(text, name, None)
+        if value is not None and value != 1.0:
+            raise ValueError(
+                f"teacher.model.path={path} has {name}={value}: its head does more than a matrix product, which "
+                "teacher.payload=hidden_states cannot reproduce. Set teacher.payload=logits."
+            )
+    local = copy_to_local(os.path.expanduser(path))
+    if os.path.isdir(local):
+        find_output_projection(local, tied=bool(text.tie_word_embeddings))

@@ -1,0 +1,116 @@
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reads a language model's output projection from its checkpoint, without building the model."""
+
+import json
+import os
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["OutputProjection", "OutputProjectionFile", "find_output_projection"]
+
+# Untied heads first: a checkpoint that holds one uses it, whatever else it holds.
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class OutputProjection:
+    """logits = hidden @ `weight` (V, H).T + `bias` (V,)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class OutputProjectionFile:
+    """Where a checkpoint keeps its output projection: the names of the tensors and the files that hold them."""
+
+    weight_name: str
+    weight_file: str
+    bias_name: str | None
+    bias_file: str | None
+
+    def load(self, device: torch.device | str, dtype: torch.dtype) -> OutputProjection:
+        """Read weight (V, H) and bias (V,) onto `device` in `dtype`."""
+        weight = _read_tensor(self.weight_file, self.weight_name).to(device=device, dtype=dtype)
+        bias = _read_tensor(self.bias_file, self.bias_name).to(device, dtype) if self.bias_name else None
+        return OutputProjection(weight, bias)
+
+
+def find_output_projection(checkpoint: str, tied: bool) -> OutputProjectionFile:
+    """Locate the output projection in the Hugging Face checkpoint folder `checkpoint` (safetensors or .bin).
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        tied: whether the model's configuration ties the projection to the input embedding.
+
+    Raises:
+        ValueError: when no tensor of the checkpoint is recognisably the output projection.
+    """
+    files = _tensor_files(checkpoint)
+    # A tied checkpoint may still hold a stale lm_head.weight; Hugging Face ignores it, and so does this.
+    suffixes = _EMBEDDINGS if tied else _HEADS
+    weight = next((name for suffix in suffixes for name in files if _ends_with(name, suffix)), None)
+    if weight is None:
+        raise ValueError(
+            f"teacher.model.path={checkpoint} has no output projection under a known name "
+            f"({', '.join(suffixes)}): set teacher.payload=logits, which lets the teacher run its own head."
+        )
+    bias = weight.removesuffix("weight") + "bias"
+    bias = bias if not tied and bias in files else None
+    return OutputProjectionFile(weight, files[weight], bias, files[bias] if bias else None)
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def _tensor_files(checkpoint: str) -> dict[str, str]:
+    """Tensor name -> the file that holds it."""
+    for name in _INDEXES:
+        path = os.path.join(checkpoint, name)
+        if os.path.exists(path):
+            with open(path) as file:
+                weight_map = json.load(file)["weight_map"]
+            return {tensor: os.path.join(checkpoint, shard) for tensor, shard in weight_map.items()}
+    for name in _SINGLES:
+        path = os.path.join(checkpoint, name)
+        if os.path.exists(path):
+            return dict.fromkeys(_tensor_names(path), path)
+    raise ValueError(
+        f"teacher.model.path={checkpoint} holds none of {', '.join(_INDEXES + _SINGLES)}: "
+        "point it at a Hugging Face checkpoint folder."
+    )
+
+
+def _tensor_names(path: str) -> list[str]:
+    if path.endswith(".safetensors"):
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    return list(torch.load(path, map_location="meta", weights_only=True, mmap=True))
+
+
+def _read_tensor(path: str, name: str) -> torch.Tensor:
+    if path.endswith(".safetensors"):
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[name]

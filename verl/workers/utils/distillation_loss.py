@@ -1,0 +1,159 @@
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a training engine calls for the two distillation losses: carries its tensors to the registered policy loss.
+
+The engine calls its loss function twice per micro-batch. First, inside the forward, with the student's logits (the hook
+that VERL's own top-k distillation uses); then with everything else. The registered loss needs both, so the first call
+keeps the logits until the second, which follows at once.
+"""
+
+from typing import Any, Optional
+
+import torch
+from tensordict import TensorDict
+
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.on_policy_distillation import PURE, StudentLogits, TeacherLogits
+from verl.utils.device import get_device_id
+from verl.utils.divergence import DenseLogits, LinearLogits, LogitSource
+from verl.utils.metric import AggregationType, Metric
+from verl.utils.output_projection import OutputProjection, find_output_projection
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.config import ActorConfig
+from verl.workers.config.teacher import TeacherConfig
+from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.response_rows import response_rows
+
+__all__ = ["DistillationActorLoss", "build_distillation_loss"]
+
+
+def build_distillation_loss(config: ActorConfig, teacher_config: TeacherConfig) -> "DistillationActorLoss":
+    """The actor's loss function. Reads the teacher's output projection from its checkpoint, once per rank."""
+    projection = None
+    if teacher_config.payload == "hidden_states":
+        model = teacher_config.model
+        file = find_output_projection(model.local_path, tied=bool(model.hf_config.tie_word_embeddings))
+        dtype = PrecisionType.to_dtype(teacher_config.fsdp_config.model_dtype)
+        projection = file.load(device=get_device_id(), dtype=dtype)
+    return DistillationActorLoss(config, projection)
+
+
+class DistillationActorLoss:
+    """Loss function of a training engine for ``policy_loss.loss_mode`` on_policy_distillation or hybrid.
+
+    Args:
+        config: the actor's configuration; ``policy_loss`` names the loss and holds its keys.
+        projection: the teacher's output projection where ``teacher_payload`` is hidden states; None where it is logits.
+    """
+
+    def __init__(self, config: ActorConfig, projection: Optional[OutputProjection]):
+        self.config = config
+        self.projection = projection
+        self._packed_logits: Optional[torch.Tensor] = None
+
+    def __call__(
+        self,
+        model_output: Optional[dict[str, torch.Tensor]] = None,
+        data: Optional[TensorDict] = None,
+        dp_group: Any = None,
+        student_logits: Optional[torch.Tensor] = None,
+    ) -> Any:
+        """The engine's two calls.
+
+        Args:
+            model_output: per-token outputs; the hybrid loss reads ``log_probs`` (and ``entropy``, if computed).
+            data: the micro-batch, with the nested ``teacher_payload``.
+            dp_group: passed on to VERL's PPO loss.
+            student_logits: first call only: (1, total tokens, vocab), divided by the sampling temperature.
+
+        Returns:
+            First call: {}, no per-token outputs. Second call: (loss, metrics).
+        """
+        if student_logits is not None:
+            self._packed_logits = student_logits.squeeze(0)
+            return {}
+        logits, self._packed_logits = self._packed_logits, None
+        policy_loss = _BoundPolicyLoss(self.config, data, *self._response_logits(logits, data))
+        if self.config.policy_loss.loss_mode == PURE:
+            return self._pure(policy_loss, data)
+        loss, metrics = ppo_loss(self.config, model_output, data, dp_group, policy_loss_fn=policy_loss)
+        return loss, metrics | policy_loss.metrics
+
+    def _pure(self, policy_loss: "_BoundPolicyLoss", data: TensorDict) -> tuple[torch.Tensor, dict[str, Metric]]:
+        for key in ("dp_size", "batch_num_tokens", "global_batch_size"):
+            self.config.global_batch_info[key] = data[key]
+        self.config.global_batch_info["loss_scale_factor"] = self.config.loss_scale_factor
+        loss, _ = policy_loss(
+            old_log_prob=None,
+            log_prob=None,
+            advantages=None,
+            response_mask=data["response_mask"].to_padded_tensor(0).bool(),
+            loss_agg_mode=self.config.loss_agg_mode,
+            config=self.config,
+            rollout_is_weights=None,
+        )
+        return loss, policy_loss.metrics
+
+    def _response_logits(self, logits: torch.Tensor, data: TensorDict) -> tuple[StudentLogits, TeacherLogits]:
+        """Both sides over the (batch, response length) grid of `data`, cut to the vocabulary they share.
+
+        Checkpoints of one tokenizer may pad their vocabularies differently (Qwen2.5: 151,936 and 152,064); the entries
+        beyond the shorter are padding on both sides.
+        """
+        payload = data["teacher_payload"]
+        source = self._teacher_source(payload.values(), vocab=logits.shape[-1])
+        student_row = _grid(response_rows(data), payload.offsets())
+        teacher_row = _grid(torch.arange(source.shape[0], device=logits.device), payload.offsets())
+        student = StudentLogits(logits[:, : source.shape[-1]], student_row, scale=float(data["temperature"]))
+        return student, TeacherLogits(source, teacher_row)
+
+    def _teacher_source(self, rows: torch.Tensor, vocab: int) -> LogitSource:
+        if self.projection is None:
+            return DenseLogits(rows[:, :vocab])
+        weight, bias = self.projection.weight, self.projection.bias
+        return LinearLogits(rows, weight[:vocab], None if bias is None else bias[:vocab])
+
+
+class _BoundPolicyLoss:
+    """The registered policy loss with one micro-batch's logits bound to it, in the form that VERL's `ppo_loss` calls.
+
+    This is the one place that adapts the documented 4-tuple to VERL's ``(loss, metrics)``. The distillation metrics
+    stay on `self.metrics`: VERL averages a loss's metrics over micro-batches, which is wrong for means over tokens.
+    """
+
+    def __init__(self, config: ActorConfig, data: TensorDict, student: StudentLogits, teacher: TeacherLogits):
+        self._function = get_policy_loss_fn(config.policy_loss.loss_mode)
+        self._logits = {"student_logits": student, "teacher_logits": teacher}
+        # A sum over micro-batches and a mean over ranks of this share give the mean over the global batch's tokens.
+        num_tokens = int((data["response_mask"].values() != 0).sum())
+        self._share = num_tokens * data["dp_size"] / max(data["batch_num_tokens"], 1)
+        self.metrics: dict[str, Metric] = {}
+
+    def __call__(self, **arguments: Any) -> tuple[torch.Tensor, dict[str, float]]:
+        output = self._function(**arguments, **self._logits)
+        loss, *_ = output
+        rl_metrics = dict(output.metrics)
+        for name in [name for name in rl_metrics if name.startswith("distillation/")]:
+            value = rl_metrics.pop(name)
+            # `agg_loss` has already normalized the loss by the global batch.
+            share = 1.0 if name == "distillation/loss" else self._share
+            self.metrics[name] = Metric(AggregationType.SUM, value * share)
+        return loss, rl_metrics
+
+
+def _grid(rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """(total response tokens,) laid out as (batch, longest response), right-padded with 0."""
+    lengths = offsets.diff()
+    is_token = torch.arange(int(lengths.max()), device=rows.device) < lengths.unsqueeze(1)
+    return rows.new_zeros(is_token.shape).masked_scatter(is_token, rows)
