@@ -16,11 +16,13 @@
 Every error names the key, its value and the fix.
 """
 
+import difflib
 import os
 from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.trainer.ppo.on_policy_distillation import HYBRID, PURE, DistillationLossConfig, is_distillation_loss
 from verl.utils.fs import copy_to_local
 from verl.utils.output_projection import find_output_projection
@@ -53,6 +55,7 @@ def validate_distillation(config: DictConfig) -> None:
         ValueError: naming the key, the value and the fix.
     """
     teacher_path = OmegaConf.select(config, "teacher.model.path")
+    _check_spelling(_loss_mode(config))
     if not teacher_is_enabled(config):
         if teacher_path is not None:
             raise ValueError(
@@ -71,6 +74,15 @@ def _refuse(config: DictConfig, key: str, bad: Any, fix: str) -> None:
     value = OmegaConf.select(config, key)
     if value == bad:
         raise ValueError(f"{key}={value} does not go with policy_loss.loss_mode={_loss_mode(config)}: {fix}")
+
+
+def _check_spelling(loss_mode: str) -> None:
+    """VERL looks the name up at the first update only; a slip in one of ours need not wait so long."""
+    nearest = difflib.get_close_matches(loss_mode, [PURE, HYBRID], n=1, cutoff=0.8)
+    if nearest and loss_mode not in POLICY_LOSS_REGISTRY:
+        raise ValueError(
+            f"actor_rollout_ref.actor.policy_loss.loss_mode={loss_mode} is not registered: did you mean {nearest[0]}?"
+        )
 
 
 def _check_trainer(config: DictConfig) -> None:
@@ -146,7 +158,9 @@ def _load_config(key: str, path: str, model: DictConfig) -> Any:
     from transformers import AutoConfig
 
     local = copy_to_local(os.path.expanduser(path))
-    if os.path.isabs(local) and not os.path.isdir(local):
+    # A name such as org/model may be on the Hub; an absolute path or one below an existing folder is meant to be here.
+    is_local = os.path.isabs(local) or os.path.isdir(os.path.dirname(local))
+    if is_local and not os.path.isdir(local):
         raise ValueError(f"{key}={path} does not exist: give the folder of a Hugging Face checkpoint.")
     try:
         return AutoConfig.from_pretrained(local, trust_remote_code=model.get("trust_remote_code", False))

@@ -1,0 +1,309 @@
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The trainer path on VERL's real workers and FSDP2 engine, against a direct float64 Hugging Face computation.
+
+VERL's actor and teacher workers run over one fixed batch in 1 and in 2 processes (gloo); here the same loss and every
+parameter gradient are computed from the checkpoints, one sequence at a time, with formulas written out again.
+"""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from arithmetic import tiny_model
+from transformers import AutoModelForCausalLM
+
+PURE = "actor_rollout_ref.actor.policy_loss.loss_mode=on_policy_distillation"
+HYBRID = "actor_rollout_ref.actor.policy_loss.loss_mode=hybrid_rl_distillation"
+LOSS = "actor_rollout_ref.actor.policy_loss"
+MICRO = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+NUM_SEQUENCES = 8
+
+
+def sharpened(path, **kwargs):
+    """An untrained checkpoint whose distributions are far from uniform, so that the divergences are of order one."""
+    tiny_model(path, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20.0)
+    model.save_pretrained(path)
+    return str(path)
+
+
+def make_batch(seed=0):
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(NUM_SEQUENCES):
+        prompt = [rng.randrange(256) for _ in range(rng.randrange(1, 7))]
+        response = [rng.randrange(256) for _ in range(rng.randrange(1, 6))]
+        mask = [1] + [rng.randrange(2) for _ in response[1:]]  # zeros inside, as tool outputs have
+        old_log_prob = [rng.uniform(-6, -4) for _ in response]
+        advantage = [rng.uniform(-1, 1) for _ in response]
+        rows.append(
+            {"prompt": prompt, "response": response, "mask": mask, "old_log_prob": old_log_prob, "advantage": advantage}
+        )
+    return rows
+
+
+CASES = {
+    "reverse_kl": (PURE, f"{MICRO}=4"),
+    "micro_batch_1": (PURE, f"{MICRO}=1"),
+    "dynamic": (
+        PURE,
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16",
+    ),
+    "gkd_tempered": (
+        PURE,
+        f"{MICRO}=4",
+        f"{LOSS}.distillation_type=gkd",
+        f"{LOSS}.distillation_beta=0.3",
+        f"{LOSS}.distillation_temperature=1.7",
+        "actor_rollout_ref.rollout.temperature=0.6",  # logits reach the loss divided by it; it must not matter
+    ),
+    "forward_kl_seq_mean": (
+        PURE,
+        f"{MICRO}=2",
+        f"{LOSS}.distillation_type=forward_kl",
+        "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean",
+    ),
+    "logits_payload": (PURE, f"{MICRO}=4", "teacher.payload=logits"),
+    "bf16_payload": (PURE, f"{MICRO}=4", "teacher.payload_dtype=bfloat16"),
+    "hybrid": (HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_rl=0.7", f"{LOSS}.hybrid_lambda_distill=0.3"),
+    "hybrid_only_rl": (HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_distill=0"),
+    "hybrid_only_distill": (HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_rl=0"),
+    "vanilla": (f"{LOSS}.loss_mode=vanilla", f"{MICRO}=4"),
+}
+TIED = {"tied": (PURE, f"{MICRO}=4")}
+PADDED = {"padded_teacher": (PURE, f"{MICRO}=4")}
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def run_workers(folder, name, cases, batch, world_size):
+    """Results per case from `world_size` processes of VERL's workers."""
+    spec, out = folder / f"{name}.spec.pt", folder / f"{name}.out.pt"
+    torch.save({"cases": cases, "batch": batch}, spec)
+    environment = os.environ | {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("engine_process.py")), str(spec), str(out)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(output[-4000:] for output in outputs)
+    return torch.load(out, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {
+        "student": sharpened(folder / "student", hidden=32, layers=2, seed=1),
+        "teacher": sharpened(folder / "teacher", hidden=64, layers=1, seed=2),
+        "tied_student": sharpened(folder / "tied_student", hidden=32, layers=1, tied=True, seed=3),
+        "tied_teacher": sharpened(folder / "tied_teacher", hidden=64, layers=1, tied=True, seed=4),
+        "padded_teacher": sharpened(folder / "padded_teacher", hidden=64, layers=1, vocab_size=320, seed=5),
+    }
+
+
+def with_models(cases, student, teacher):
+    paths = (f"actor_rollout_ref.model.path={student}", f"teacher.model.path={teacher}")
+    return {name: [*case, *(paths if "vanilla" not in name else paths[:1])] for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return make_batch()
+
+
+@pytest.fixture(scope="module")
+def one_rank(checkpoints, batch, tmp_path_factory):
+    cases = (
+        with_models(CASES, checkpoints["student"], checkpoints["teacher"])
+        | with_models(TIED, checkpoints["tied_student"], checkpoints["tied_teacher"])
+        | with_models(PADDED, checkpoints["student"], checkpoints["padded_teacher"])
+    )
+    return run_workers(tmp_path_factory.mktemp("one_rank"), "one", cases, batch, world_size=1)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(checkpoints, batch, tmp_path_factory):
+    names = ("reverse_kl", "dynamic", "forward_kl_seq_mean", "hybrid")
+    cases = with_models({name: CASES[name] for name in names}, checkpoints["student"], checkpoints["teacher"])
+    return run_workers(tmp_path_factory.mktemp("two_ranks"), "two", cases, batch, world_size=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the reference
+
+
+def response_logits(model, row):
+    """(response length, vocab) logits that predict the response, from the sequence alone, without padding."""
+    sequence = torch.tensor([row["prompt"] + row["response"]])
+    logits = model(sequence).logits[0]
+    return logits[len(row["prompt"]) - 1 : -1]
+
+
+def divergence(student, teacher, kind, beta, temperature):
+    """(tokens,) float64, by the definitions."""
+    vocab = min(student.shape[-1], teacher.shape[-1])
+    s, t = (torch.softmax(logits[:, :vocab] / temperature, -1) for logits in (student, teacher))
+
+    def kl(p, q):
+        return (p * (p.log() - q.log())).sum(-1)
+
+    if kind == "reverse_kl":
+        return kl(s, t)
+    if kind == "forward_kl":
+        return kl(t, s)
+    m = beta * t + (1 - beta) * s
+    return beta * kl(t, m) + (1 - beta) * kl(s, m)
+
+
+def direct(student_path, teacher_path, batch, kind="reverse_kl", beta=1.0, temperature=1.0, reduce="token-mean"):
+    """Loss and gradients by name, float64."""
+    student = AutoModelForCausalLM.from_pretrained(student_path, attn_implementation="eager").double().eval()
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_path, attn_implementation="eager").double().eval()
+    sums, counts = [], []
+    for row in batch:
+        with torch.no_grad():
+            target = response_logits(teacher, row)
+        mask = torch.tensor(row["mask"], dtype=torch.float64)
+        sums.append((divergence(response_logits(student, row), target, kind, beta, temperature) * mask).sum())
+        counts.append(mask.sum())
+    if reduce == "token-mean":
+        loss = sum(sums) / sum(counts)
+    else:  # seq-mean-token-mean
+        loss = sum(total / count for total, count in zip(sums, counts, strict=True)) / len(sums)
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in student.named_parameters()}
+
+
+def assert_same_gradients(got, expected, tolerance):
+    assert got.keys() == expected.keys()
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = (got[name].double() - gradient.double()).abs().max().item()
+        assert error <= tolerance * scale, f"{name}: {error} > {tolerance} * {scale}"
+
+
+REFERENCES = {
+    "reverse_kl": {},
+    "gkd_tempered": {"kind": "gkd", "beta": 0.3, "temperature": 1.7},
+    "forward_kl_seq_mean": {"kind": "forward_kl", "reduce": "seq-mean-token-mean"},
+    "logits_payload": {},
+}
+
+
+@pytest.mark.parametrize("case", REFERENCES)
+def test_loss_and_every_gradient_equal_a_direct_computation(case, one_rank, checkpoints, batch):
+    loss, gradients = direct(checkpoints["student"], checkpoints["teacher"], batch, **REFERENCES[case])
+    assert one_rank[case]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert_same_gradients(one_rank[case]["gradients"], gradients, tolerance=1e-5)
+
+
+def test_tied_embeddings_give_the_same_gradients(one_rank, checkpoints, batch):
+    loss, gradients = direct(checkpoints["tied_student"], checkpoints["tied_teacher"], batch)
+    assert one_rank["tied"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert_same_gradients(one_rank["tied"]["gradients"], gradients, tolerance=1e-5)
+
+
+def test_a_padded_teacher_vocabulary_is_cut_to_the_shared_prefix(one_rank, checkpoints, batch):
+    loss, gradients = direct(checkpoints["student"], checkpoints["padded_teacher"], batch)
+    assert one_rank["padded_teacher"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert_same_gradients(one_rank["padded_teacher"]["gradients"], gradients, tolerance=1e-5)
+
+
+def test_bf16_payload_is_within_its_rounding(one_rank):
+    exact, rounded = one_rank["reverse_kl"], one_rank["bf16_payload"]
+    assert rounded["payload"] == (torch.bfloat16, 64)
+    assert rounded["loss"] == pytest.approx(exact["loss"], rel=2e-2)
+    assert rounded["loss"] != exact["loss"]  # or the payload was not rounded at all
+    assert_same_gradients(rounded["gradients"], exact["gradients"], tolerance=2e-2)
+
+
+def test_the_payload_holds_response_positions_only(one_rank, checkpoints):
+    assert one_rank["reverse_kl"]["payload"] == (torch.float32, 64)  # the teacher's hidden size
+    vocab = AutoModelForCausalLM.from_pretrained(checkpoints["teacher"]).config.vocab_size
+    assert one_rank["logits_payload"]["payload"] == (torch.float32, vocab)
+
+
+@pytest.mark.parametrize("case", ["micro_batch_1", "dynamic"])
+def test_gradients_do_not_depend_on_how_the_batch_is_split(case, one_rank):
+    assert one_rank[case]["loss"] == pytest.approx(one_rank["reverse_kl"]["loss"], rel=1e-6)
+    assert_same_gradients(one_rank[case]["gradients"], one_rank["reverse_kl"]["gradients"], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("case", ["reverse_kl", "dynamic", "forward_kl_seq_mean", "hybrid"])
+def test_two_ranks_equal_one(case, one_rank, two_ranks):
+    reference = one_rank["reverse_kl" if case == "dynamic" else case]
+    assert two_ranks[case]["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+    assert_same_gradients(two_ranks[case]["gradients"], reference["gradients"], tolerance=1e-5)
+
+
+def test_metrics_are_means_over_the_global_batch(one_rank, two_ranks, checkpoints, batch):
+    """Micro-batches and ranks hold different numbers of tokens; a mean of their means would be wrong."""
+    reverse, _ = direct(checkpoints["student"], checkpoints["teacher"], batch)
+    forward, _ = direct(checkpoints["student"], checkpoints["teacher"], batch, kind="forward_kl")
+    for result in (one_rank["micro_batch_1"], one_rank["forward_kl_seq_mean"], one_rank["hybrid"], two_ranks["hybrid"]):
+        assert result["metrics"]["distillation/kl"] == pytest.approx(reverse, rel=1e-5)
+        assert result["metrics"]["distillation/forward_kl"] == pytest.approx(forward, rel=1e-5)
+
+
+def test_hybrid_without_distillation_is_vanilla_exactly(one_rank):
+    hybrid, vanilla = one_rank["hybrid_only_rl"], one_rank["vanilla"]
+    assert hybrid["loss"] == vanilla["loss"]
+    for name, gradient in vanilla["gradients"].items():
+        assert torch.equal(hybrid["gradients"][name], gradient), name
+
+
+def test_hybrid_without_rl_is_the_pure_loss(one_rank):
+    hybrid, pure = one_rank["hybrid_only_distill"], one_rank["reverse_kl"]
+    assert hybrid["loss"] == pure["loss"]
+    for name, gradient in pure["gradients"].items():
+        assert torch.equal(hybrid["gradients"][name], gradient), name
+
+
+def test_hybrid_is_the_weighted_sum(one_rank):
+    parts = {"vanilla": 0.7, "reverse_kl": 0.3}
+    loss = sum(weight * one_rank[name]["loss"] for name, weight in parts.items())
+    assert one_rank["hybrid"]["loss"] == pytest.approx(loss, rel=1e-5)
+    expected = {
+        parameter: sum(weight * one_rank[name]["gradients"][parameter] for name, weight in parts.items())
+        for parameter in one_rank["hybrid"]["gradients"]
+    }
+    assert_same_gradients(one_rank["hybrid"]["gradients"], expected, tolerance=1e-5)
