@@ -45,6 +45,7 @@ gradient finite, log 0 is then taken as `LOG_ZERO`, the logarithm of the smalles
 however far apart, are never clamped.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Callable, NamedTuple, Protocol
 
@@ -63,8 +64,8 @@ __all__ = [
 
 LOG_ZERO = -103.27893  # log(2**-149), the smallest positive float32
 
-# Elements of one chunk of logits. Bounds the extra memory, whatever the number of tokens: about eight float32 tensors
-# of this size are alive at once (16 Mi elements: 512 MiB; 110 tokens of a vocabulary of 152 k).
+# Elements of one chunk of logits. Bounds the extra memory, whatever the number of tokens: about a dozen float32 tensors
+# of this size are alive at once (16 Mi elements: 768 MiB; 110 tokens of a vocabulary of 152 k).
 CHUNK_ELEMENTS = 1 << 24
 
 
@@ -107,7 +108,9 @@ class LinearLogits:
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         hidden = self.hidden[index].to(self.weight.dtype)
-        return torch.nn.functional.linear(hidden, self.weight, self.bias)
+        # A training engine calls the loss inside autocast, which would round a float32 teacher's logits to bfloat16.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden, self.weight, self.bias)
 
 
 class TokenDivergence(NamedTuple):
@@ -131,7 +134,9 @@ class _Distributions(NamedTuple):
 
 
 def _probabilities(logits: torch.Tensor, temperature: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    log_p = torch.log_softmax(logits.to(dtype) / temperature, dim=-1)
+    # The maximum goes first: a common offset must not cost the quotient its digits.
+    logits = logits.to(dtype) - logits.amax(-1, keepdim=True)
+    log_p = torch.log_softmax(logits / temperature, dim=-1)
     p = log_p.exp()
     # -inf would turn 0 * log 0 into NaN below; the lowest finite number is multiplied away by p = 0.
     return p, log_p.clamp_(min=torch.finfo(dtype).min)
@@ -143,11 +148,18 @@ def _log_ratio(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> tor
     return (log_p - log_q.masked_fill(is_zero, LOG_ZERO)).masked_fill_(p == 0, 0.0)
 
 
-def _log_mixture(d: _Distributions, beta: float) -> torch.Tensor:
-    """log M. By logaddexp, because beta T + (1 - beta) S underflows where both are tiny."""
-    log_beta = torch.tensor(beta, dtype=d.log_s.dtype, device=d.log_s.device).log()
-    log_rest = torch.tensor(-beta, dtype=d.log_s.dtype, device=d.log_s.device).log1p()
-    return torch.logaddexp(d.log_t + log_beta, d.log_s + log_rest)
+def _log_mixture_ratio(log_p: torch.Tensor, log_q: torch.Tensor, weight: float) -> torch.Tensor:
+    """log((weight q + (1 - weight) p) / p), where 0 < weight < 1 or either end of it.
+
+    By expm1 where the ratio is near one: the difference of log M and log p would lose the digits that a small weight,
+    or a p near q, leaves. By logaddexp elsewhere: nothing over- or underflows.
+    """
+    difference = log_q - log_p
+    change = weight * torch.expm1(difference)
+    log_weight = math.log(weight) if weight > 0.0 else -math.inf
+    log_rest = math.log1p(-weight) if weight < 1.0 else -math.inf
+    far = torch.logaddexp(difference + log_weight, torch.full_like(difference, log_rest))
+    return torch.where(change.abs() < 0.5, torch.log1p(change), far)
 
 
 def _reverse_kl(d: _Distributions, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,18 +173,16 @@ def _forward_kl(d: _Distributions, beta: float) -> tuple[torch.Tensor, torch.Ten
 
 
 def _gkd(d: _Distributions, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    log_m = _log_mixture(d, beta)
-    ratio = _log_ratio(d.s, d.log_s, log_m)
+    ratio = -_log_mixture_ratio(d.log_s, d.log_t, beta).masked_fill_(d.s == 0, 0.0)  # log S - log M
     kl_student = (d.s * ratio).sum(-1)
-    kl_teacher = (d.t * _log_ratio(d.t, d.log_t, log_m)).sum(-1)
+    kl_teacher = -(d.t * _log_mixture_ratio(d.log_t, d.log_s, 1.0 - beta).masked_fill_(d.t == 0, 0.0)).sum(-1)
     gradient = (1.0 - beta) * d.s * (ratio - kl_student.unsqueeze(-1))
     return beta * kl_teacher + (1.0 - beta) * kl_student, gradient
 
 
 def _skew_reverse_kl(d: _Distributions, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    log_m = _log_mixture(d, beta)
-    ratio = _log_ratio(d.s, d.log_s, log_m)
-    h = ratio - (1.0 - beta) * (d.log_s - log_m).exp()
+    ratio = -_log_mixture_ratio(d.log_s, d.log_t, beta).masked_fill_(d.s == 0, 0.0)
+    h = ratio - (1.0 - beta) * torch.expm1(ratio)  # h of the table less 1 - beta; a constant drops out of the gradient
     return (d.s * ratio).sum(-1), d.s * (h - (d.s * h).sum(-1, keepdim=True))
 
 

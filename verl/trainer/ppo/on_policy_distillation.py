@@ -91,7 +91,7 @@ class DistillationLossConfig:
     hybrid_rl_loss_mode: str = "vanilla"
 
     def __post_init__(self):
-        if self.distillation_type not in DIVERGENCES:
+        if self.distillation_type not in list(DIVERGENCES):  # a list, as what was given may not be hashable
             raise ValueError(
                 f"distillation_type={self.distillation_type!r} is not a divergence: choose one of {list(DIVERGENCES)}."
             )
@@ -114,8 +114,8 @@ class DistillationLossConfig:
             raise ValueError(
                 "hybrid_lambda_rl=0 and hybrid_lambda_distill=0 leave nothing to train: give one of them a weight."
             )
-        if is_distillation_loss(self.hybrid_rl_loss_mode) or self.hybrid_rl_loss_mode not in POLICY_LOSS_REGISTRY:
-            choices = [name for name in POLICY_LOSS_REGISTRY if not is_distillation_loss(name)]
+        choices = [name for name in POLICY_LOSS_REGISTRY if not is_distillation_loss(name)]
+        if self.hybrid_rl_loss_mode not in choices:
             raise ValueError(
                 f"hybrid_rl_loss_mode={self.hybrid_rl_loss_mode!r} is not a registered RL loss: choose one of {choices}."
             )
@@ -133,6 +133,8 @@ class DistillationLossConfig:
             if str(key).startswith(("distil", "hybrid_")) and key not in names:
                 nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
                 raise ValueError(f"{key}={section[key]!r} is not a key of these losses: did you mean {nearest}?")
+        if section is not config and (stray := [name for name in names if name in list(config or ())]):
+            raise ValueError(f"{stray[0]}={config[stray[0]]!r} stands beside policy_loss: move it into policy_loss.")
         return cls(**{name: section[name] for name in names if name in given})
 
     @property
@@ -291,6 +293,16 @@ def _require_same_shape(student: StudentLogits, teacher: TeacherLogits, response
             )
 
 
+def _require_rl_input(name: str, value: Optional[torch.Tensor], response_mask: torch.Tensor) -> None:
+    if value is None:
+        raise ValueError(f"{name} is None: the RL term of {HYBRID} needs it; without an RL term use {PURE}.")
+    if value.shape != response_mask.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, response_mask {tuple(response_mask.shape)}: "
+            "pass one value per response token, (batch, tokens)."
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the losses
 
@@ -409,10 +421,9 @@ def compute_hybrid_rl_distillation_loss(
         ValueError: as in `compute_on_policy_distillation_loss`, and when the RL term's inputs are missing.
     """
     settings = DistillationLossConfig.from_config(config)
-    for name, value in (("old_log_prob", old_log_prob), ("log_prob", log_prob), ("advantages", advantages)):
-        if value is None:
-            raise ValueError(f"{name} is None: the RL term of {HYBRID} needs it; without an RL term use {PURE}.")
     tokens, mask = _response_divergence(student_logits, teacher_logits, response_mask, settings.divergence)
+    for name, value in (("old_log_prob", old_log_prob), ("log_prob", log_prob), ("advantages", advantages)):
+        _require_rl_input(name, value, response_mask)
     distill_loss = _aggregate(tokens.divergence, mask, loss_agg_mode, config)
     if not mask.any():  # VERL's losses are means over response tokens: NaN when there are none
         return DistillationLossOutput(

@@ -1,0 +1,217 @@
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration mistakes surface when the trainer starts, before Ray, with the key, the value and the fix."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from arithmetic import tiny_model
+from hydra import compose, initialize_config_module
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+from transformers import AutoTokenizer
+
+from verl.trainer.ppo.distillation_setup import validate_distillation
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+from verl.utils.output_projection import find_output_projection
+from verl.workers.config.teacher import TeacherConfig
+
+ACTOR = "actor_rollout_ref.actor"
+PURE = f"{ACTOR}.policy_loss.loss_mode=on_policy_distillation"
+HYBRID = f"{ACTOR}.policy_loss.loss_mode=hybrid_rl_distillation"
+BASICS = (
+    f"{ACTOR}.strategy=fsdp2",
+    f"{ACTOR}.ppo_micro_batch_size_per_gpu=1",
+    "actor_rollout_ref.rollout.name=hf",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
+    "+actor_rollout_ref.model.override_config.attn_implementation=eager",
+    "trainer.n_gpus_per_node=1",
+)
+
+
+def make_config(*overrides):
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", overrides=[*BASICS, *overrides])
+
+
+def edit_config(path, **values):
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Overrides that name a student and a teacher which go together."""
+    folder = tmp_path_factory.mktemp("models")
+    student, teacher = tiny_model(folder / "student"), tiny_model(folder / "teacher", hidden=64, seed=1)
+    return f"actor_rollout_ref.model.path={student}", f"teacher.model.path={teacher}"
+
+
+@pytest.mark.parametrize("loss", [PURE, HYBRID])
+def test_naming_the_loss_and_the_teacher_is_enough(loss, models):
+    config = make_config(loss, "algorithm.adv_estimator=grpo", *models)
+    validate_config(config, need_reference_policy(config), need_critic(config))
+
+
+def test_the_pure_loss_needs_no_critic_and_no_reference(models):
+    pure, hybrid = make_config(PURE, *models), make_config(HYBRID, *models)
+    assert hybrid.algorithm.adv_estimator == "gae" and need_critic(hybrid)
+    assert not need_critic(pure) and not need_reference_policy(pure)
+
+
+def test_the_teacher_follows_the_student_by_default(models):
+    config = make_config(PURE, *models)
+    OmegaConf.resolve(config)
+    teacher = omega_conf_to_dataclass(config.teacher)
+    assert isinstance(teacher, TeacherConfig)
+    assert teacher.fsdp_config.strategy == "fsdp2" and teacher.fsdp_config.forward_only
+    assert teacher.model.hf_config._attn_implementation == "eager"
+    assert (teacher.payload, teacher.payload_dtype) == ("hidden_states", "bfloat16")
+
+
+MISTAKES = {
+    "typo in the loss": ([f"{ACTOR}.policy_loss.loss_mode=on_policy_distilation"], "did you mean on_policy_distillation"),
+    "no teacher": ([PURE, "teacher.model.path=null"], "teacher.model.path is not set.*set teacher.model.path"),
+    "teacher without the loss": ([], "teacher.model.path=.* has no effect with .*loss_mode=vanilla: set loss_mode"),
+    "VERL's distillation too": ([PURE, "distillation.enabled=True"], "distillation.enabled=True.*Choose one"),
+    "legacy trainer": ([PURE, "trainer.use_v1=False"], "trainer.use_v1=False.*set trainer.use_v1=True"),
+    "separate rollout": ([PURE, "trainer.v1.trainer_mode=separate_async"], "trainer_mode=separate_async.*set it to sync"),
+    "fused kernels": ([PURE, "actor_rollout_ref.model.use_fused_kernels=True"], "use_fused_kernels=True.*set it to False"),
+    "sequence parallel": ([PURE, f"{ACTOR}.ulysses_sequence_parallel_size=2"], "ulysses_sequence_parallel_size=2.*to 1"),
+    "static padding": ([PURE, f"{ACTOR}.fsdp_config.pad_to_length=True"], "pad_to_length=True.*set it to False"),
+    "pure with KL loss": ([PURE, f"{ACTOR}.use_kl_loss=True"], "use_kl_loss=True.*hybrid_rl_distillation"),
+    "pure with KL reward": ([PURE, "algorithm.use_kl_in_reward=True"], "use_kl_in_reward=True.*hybrid_rl_distillation"),
+    "pure with critic": ([PURE, "critic.enable=True"], "critic.enable=True.*hybrid_rl_distillation"),
+    "pure with entropy": ([PURE, f"{ACTOR}.entropy_coeff=0.01"], "entropy_coeff=0.01.*Set it to 0"),
+    "payload": ([PURE, "teacher.payload=logit"], r"teacher.payload=logit .*\['hidden_states', 'logits'\]"),
+    "type": ([PURE, f"{ACTOR}.policy_loss.distillation_type=kl"], "distillation_type='kl'.*choose one of"),
+    "beta": ([PURE, f"{ACTOR}.policy_loss.distillation_beta=1.5"], r"distillation_beta=1.5 is outside \[0, 1\]"),
+    "temperature": ([PURE, f"{ACTOR}.policy_loss.distillation_temperature=0"], "distillation_temperature=0.*positive"),
+    "weight": ([HYBRID, f"{ACTOR}.policy_loss.hybrid_lambda_rl=-1"], "hybrid_lambda_rl=-1.*negative"),
+    "RL term": ([HYBRID, f"{ACTOR}.policy_loss.hybrid_rl_loss_mode=ppo"], "hybrid_rl_loss_mode='ppo'.*choose one of"),
+    "a loss of zero": (
+        [PURE, f"{ACTOR}.policy_loss.distillation_type=skew_reverse_kl", f"{ACTOR}.policy_loss.distillation_beta=0"],
+        "distillation_beta=0.*zero everywhere",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_names_the_key_the_value_and_the_fix(mistake, models):
+    overrides, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message):
+        validate_distillation(make_config(*models, *overrides))
+
+
+def test_an_unknown_key_is_refused(models):
+    with pytest.raises(ConfigCompositionException, match="distilation_beta"):
+        make_config(PURE, *models, f"{ACTOR}.policy_loss.distilation_beta=0.5")
+    with pytest.raises(ValueError, match="distilation_beta=0.5.*did you mean distillation_beta"):
+        validate_distillation(make_config(PURE, *models, f"+{ACTOR}.policy_loss.distilation_beta=0.5"))
+
+
+@pytest.mark.parametrize("missing", ["{folder}/missing", "{folder}/file"])
+def test_a_teacher_that_is_not_there(missing, models, tmp_path):
+    (tmp_path / "file").write_text("")
+    path = missing.format(folder=tmp_path)
+    with pytest.raises(ValueError, match=f"teacher.model.path={path} does not exist"):
+        validate_distillation(make_config(PURE, *models, f"teacher.model.path={path}"))
+
+
+def test_a_teacher_that_is_no_checkpoint(models, tmp_path):
+    with pytest.raises(ValueError, match="teacher.model.path=.* is not a Hugging Face checkpoint"):
+        validate_distillation(make_config(PURE, *models, f"teacher.model.path={tmp_path}"))
+
+
+def other_tokenizer(path):
+    tiny_model(path, vocab_size=300)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_a_teacher_with_another_tokenizer(models, tmp_path):
+    teacher = other_tokenizer(tmp_path / "other")
+    with pytest.raises(ValueError, match="teacher.model.path=.* has another tokenizer.*'<think>' = 258.*choose a teacher"):
+        validate_distillation(make_config(PURE, *models, f"teacher.model.path={teacher}"))
+
+
+def test_a_head_that_is_more_than_a_matrix_needs_the_logits_payload(models, tmp_path):
+    teacher = tiny_model(tmp_path / "capped")
+    edit_config(tmp_path / "capped", final_logit_softcapping=30.0)
+    overrides = (PURE, *models, f"teacher.model.path={teacher}")
+    with pytest.raises(ValueError, match="final_logit_softcapping=30.0.*Set teacher.payload=logits"):
+        validate_distillation(make_config(*overrides))
+    validate_distillation(make_config(*overrides, "teacher.payload=logits"))
+
+
+def test_output_projection_is_the_model_s(tmp_path):
+    """Untied, tied, sharded safetensors and .bin checkpoints, against the loaded model."""
+    from transformers import AutoModelForCausalLM
+
+    for tied in (False, True):
+        path = tiny_model(tmp_path / f"tied_{tied}", tied=tied)
+        model = AutoModelForCausalLM.from_pretrained(path)
+        model.save_pretrained(tmp_path / f"sharded_{tied}", max_shard_size="20KB")
+        assert (tmp_path / f"sharded_{tied}" / "model.safetensors.index.json").exists()
+        (tmp_path / f"bin_{tied}").mkdir()
+        torch.save(model.state_dict(), tmp_path / f"bin_{tied}" / "pytorch_model.bin")
+        for kind in ("tied", "sharded", "bin"):
+            found = find_output_projection(str(tmp_path / f"{kind}_{tied}"), tied=tied).load("cpu", torch.float32)
+            assert torch.equal(found.weight, model.get_output_embeddings().weight), (kind, tied)
+            assert found.bias is None
+
+
+def test_output_projection_bias_is_read(tmp_path):
+    weight, bias = torch.randn(7, 3), torch.randn(7)
+    torch.save({"lm_head.weight": weight, "lm_head.bias": bias}, tmp_path / "pytorch_model.bin")
+    found = find_output_projection(str(tmp_path), tied=False).load("cpu", torch.bfloat16)
+    assert torch.equal(found.weight, weight.bfloat16()) and torch.equal(found.bias, bias.bfloat16())
+
+
+def test_a_checkpoint_without_a_known_head_names_the_fallback(tmp_path):
+    torch.save({"decoder.out_proj.weight": torch.randn(7, 3)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no output projection.*teacher.payload=logits"):
+        find_output_projection(str(tmp_path), tied=False)
+
+
+def start_trainer(*overrides, timeout=60):
+    """Start VERL's trainer as a user does. Returns its output and the seconds it took to end."""
+    began = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main_ppo", *BASICS, *overrides],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert process.returncode != 0
+    return process.stdout + process.stderr, time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("/does/not/exist", "teacher.model.path=/does/not/exist does not exist"), ("other", "has another tokenizer")],
+)
+def test_the_trainer_refuses_within_seconds(path, message, models, tmp_path):
+    path = other_tokenizer(tmp_path / "other") if path == "other" else path
+    output, seconds = start_trainer(PURE, *models, f"teacher.model.path={path}")
+    assert message in output
+    assert "ray init" not in output
+    assert seconds < 30  # about 6 on an idle machine, nearly all of it imports; the bound is for a busy one

@@ -1,0 +1,192 @@
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""End to end: VERL's trainer, started as a user starts it, on real Ray, TransferQueue, FSDP2 and rollouts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from arithmetic import compute_score, make_split, problems, tiny_model
+from conftest import ROOT
+from metrics import accuracy, metric_files, read_metrics, read_run
+from transformers import AutoModelForCausalLM
+
+EXAMPLE = ROOT / "examples" / "on_policy_distillation"
+ACTOR = "actor_rollout_ref.actor"
+TEACHER_HIDDEN = 64
+PROMPTS, SAMPLES = 32, 2
+METRICS = ("loss", "kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement", "teacher_payload_mb")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A student, a teacher whose distributions are far from uniform, and the data."""
+    folder = tmp_path_factory.mktemp("files")
+    tiny_model(folder / "student", hidden=32, seed=1)
+    tiny_model(folder / "teacher", hidden=TEACHER_HIDDEN, seed=2)
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(10.0)
+    teacher.save_pretrained(folder / "teacher")
+    train, test = problems()
+    make_split(folder / "train.parquet", train[:512])
+    make_split(folder / "test.parquet", test[:16])
+    return folder
+
+
+def trainer_command(files, folder, *overrides):
+    machine = [
+        line
+        for line in (EXAMPLE / "cpu_overrides.txt").read_text().splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
+    return [
+        *(sys.executable, "-m", "verl.trainer.main_ppo"),
+        *machine,
+        f"actor_rollout_ref.model.path={files}/student",
+        f"teacher.model.path={files}/teacher",
+        f"data.train_files={files}/train.parquet",
+        f"data.val_files={files}/test.parquet",
+        "data.max_prompt_length=8",
+        "data.max_response_length=4",
+        f"data.train_batch_size={PROMPTS}",
+        "data.seed=0",
+        f"actor_rollout_ref.rollout.n={SAMPLES}",
+        f"{ACTOR}.ppo_mini_batch_size={PROMPTS // 2}",
+        f"{ACTOR}.ppo_max_token_len_per_gpu=200",  # several micro-batches per mini-batch
+        f"{ACTOR}.optim.lr=1e-2",
+        "trainer.total_training_steps=6",
+        "trainer.test_freq=2",
+        "trainer.save_freq=2",
+        f"trainer.default_local_dir={folder}/checkpoints",
+        "trainer.logger=[file]",
+        *overrides,
+    ]
+
+
+def start(files, folder, *overrides):
+    """The trainer as a process group of its own, its metrics and its output in new files below `folder`."""
+    (folder / "metrics").mkdir(exist_ok=True, parents=True)
+    index = len(metric_files(folder))
+    environment = os.environ | {
+        "VERL_PLATFORM": "cpu",
+        "VERL_USE_EXTERNAL_MODULES": "verl.plugin.cpu",
+        "VERL_FILE_LOGGER_PATH": str(folder / "metrics" / f"{index:04d}.jsonl"),
+        "VERL_LOGGING_LEVEL": "ERROR",
+    }
+    with open(folder / f"{index:04d}.log", "wb") as log:
+        return subprocess.Popen(
+            trainer_command(files, folder, *overrides),
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def run(files, folder, *overrides):
+    process = start(files, folder, *overrides)
+    process.wait(timeout=400)
+    log = sorted(folder.glob("*.log"))[-1].read_text(errors="replace")
+    assert process.returncode == 0, log[-6000:]
+    return read_metrics(metric_files(folder)[-1])
+
+
+PURE = (f"{ACTOR}.policy_loss.loss_mode=on_policy_distillation",)
+
+
+@pytest.fixture(scope="module")
+def pure(files, tmp_path_factory):
+    """Six steps of the pure loss: no reward function, and VERL's default advantage estimator, which wants a critic."""
+    return run(files, tmp_path_factory.mktemp("pure"), *PURE)
+
+
+def test_pure_distillation_lowers_the_divergence(pure):
+    assert pure[6]["distillation/kl"] < 0.8 * pure[1]["distillation/kl"]
+    assert pure[1]["distillation/loss"] == pytest.approx(pure[1]["distillation/kl"], rel=1e-5)  # reverse KL
+
+
+def test_pure_distillation_logs_its_metrics_each_step(pure):
+    for step in range(1, 7):
+        assert {f"distillation/{name}" for name in METRICS} | {"timing_s/teacher"} <= pure[step].keys()
+
+
+def test_the_payload_is_the_teacher_s_hidden_states_at_response_positions_in_bf16(pure):
+    tokens = pure[1]["response_length/mean"] * PROMPTS * SAMPLES
+    assert pure[1]["distillation/teacher_payload_mb"] == pytest.approx(tokens * TEACHER_HIDDEN * 2 / 1024**2, rel=1e-6)
+
+
+def test_pure_distillation_computes_no_rl_quantity(pure):
+    skipped = {"timing_s/old_log_prob", "timing_s/ref", "timing_s/values", "timing_s/adv", "timing_s/update_critic"}
+    assert not skipped & pure[1].keys()
+    assert not {"actor/pg_loss", "actor/entropy", "critic/vf_loss"} & pure[1].keys()
+
+
+def test_pure_distillation_validates_without_a_reward_function(pure):
+    assert [step for step, metrics in pure.items() if accuracy(metrics) is not None] == [0, 2, 4, 6]
+
+
+def test_an_interrupted_run_continues_where_it_was(pure, files, tmp_path):
+    """Killed after step 5, one step after the last checkpoint: the second start repeats step 5 and goes on."""
+    process = start(files, tmp_path, *PURE)
+    deadline = time.monotonic() + 300
+    while 5 not in read_run(tmp_path):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "0000.log").read_text()[-4000:]
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    first = read_run(tmp_path)
+    resumed = run(files, tmp_path, *PURE)
+    assert [step for step, metrics in resumed.items() if "distillation/kl" in metrics] == [5, 6]
+    # The same weights on the same prompts, with the same random numbers.
+    assert resumed[5]["distillation/kl"] == pytest.approx(first[5]["distillation/kl"], rel=2e-3)
+    # Starting over from the base instead would be as far from the teacher as step 1 was.
+    assert resumed[5]["distillation/kl"] < 0.9 * pure[1]["distillation/kl"]
+
+
+@pytest.fixture(scope="module")
+def hybrid(files, tmp_path_factory):
+    return run(
+        files,
+        tmp_path_factory.mktemp("hybrid"),
+        f"{ACTOR}.policy_loss.loss_mode=hybrid_rl_distillation",
+        f"{ACTOR}.policy_loss.hybrid_lambda_rl=0.5",
+        f"{ACTOR}.policy_loss.hybrid_lambda_distill=0.5",
+        f"{ACTOR}.policy_loss.distillation_type=gkd",
+        f"{ACTOR}.policy_loss.distillation_beta=0.5",
+        f"{ACTOR}.use_kl_loss=True",
+        "algorithm.adv_estimator=grpo",
+        f"reward.custom_reward_function.path={EXAMPLE / 'arithmetic.py'}",
+        f"reward.custom_reward_function.name={compute_score.__name__}",
+        "actor_rollout_ref.rollout.temperature=0.8",
+        "teacher.payload=logits",
+        "trainer.n_gpus_per_node=2",
+        "trainer.save_freq=-1",
+    )
+
+
+def test_hybrid_lowers_the_divergence_on_two_ranks(hybrid):
+    assert hybrid[6]["distillation/kl"] < 0.85 * hybrid[1]["distillation/kl"]
+    assert hybrid[1]["distillation/loss"] < hybrid[1]["distillation/kl"]  # the JSD is bounded by log 2
+
+
+def test_hybrid_keeps_all_of_rl(hybrid):
+    kept = {"timing_s/old_log_prob", "timing_s/ref", "timing_s/adv", "timing_s/teacher"}
+    assert kept <= hybrid[1].keys()
+    assert {"actor/pg_loss", "actor/kl_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy"} <= hybrid[1].keys()
+    assert {f"distillation/{name}" for name in METRICS} <= hybrid[1].keys()
