@@ -134,9 +134,7 @@ def run_case(overrides, batch, rank, world_size):
 def main(spec_path, out_path):
     spec = torch.load(spec_path, weights_only=False)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    results = {
-        name: run_case(overrides, spec["batch"], rank, world_size) for name, overrides in spec["cases"].items()
-    }
+    results = {name: run_case(overrides, spec["batch"], rank, world_size) for name, overrides in spec["cases"].items()}
     if rank == 0:
         torch.save(results, out_path)
     torch.distributed.barrier()

@@ -86,14 +86,26 @@ def test_the_teacher_follows_the_student_by_default(models):
 
 
 MISTAKES = {
-    "typo in the loss": ([f"{ACTOR}.policy_loss.loss_mode=on_policy_distilation"], "did you mean on_policy_distillation"),
+    "typo in the loss": (
+        [f"{ACTOR}.policy_loss.loss_mode=on_policy_distilation"],
+        "did you mean on_policy_distillation",
+    ),
     "no teacher": ([PURE, "teacher.model.path=null"], "teacher.model.path is not set.*set teacher.model.path"),
     "teacher without the loss": ([], "teacher.model.path=.* has no effect with .*loss_mode=vanilla: set loss_mode"),
     "VERL's distillation too": ([PURE, "distillation.enabled=True"], "distillation.enabled=True.*Choose one"),
     "legacy trainer": ([PURE, "trainer.use_v1=False"], "trainer.use_v1=False.*set trainer.use_v1=True"),
-    "separate rollout": ([PURE, "trainer.v1.trainer_mode=separate_async"], "trainer_mode=separate_async.*set it to sync"),
-    "fused kernels": ([PURE, "actor_rollout_ref.model.use_fused_kernels=True"], "use_fused_kernels=True.*set it to False"),
-    "sequence parallel": ([PURE, f"{ACTOR}.ulysses_sequence_parallel_size=2"], "ulysses_sequence_parallel_size=2.*to 1"),
+    "separate rollout": (
+        [PURE, "trainer.v1.trainer_mode=separate_async"],
+        "trainer_mode=separate_async.*set it to sync",
+    ),
+    "fused kernels": (
+        [PURE, "actor_rollout_ref.model.use_fused_kernels=True"],
+        "use_fused_kernels=True.*set it to False",
+    ),
+    "sequence parallel": (
+        [PURE, f"{ACTOR}.ulysses_sequence_parallel_size=2"],
+        "ulysses_sequence_parallel_size=2.*to 1",
+    ),
     "static padding": ([PURE, f"{ACTOR}.fsdp_config.pad_to_length=True"], "pad_to_length=True.*set it to False"),
     "pure with KL loss": ([PURE, f"{ACTOR}.use_kl_loss=True"], "use_kl_loss=True.*hybrid_rl_distillation"),
     "pure with KL reward": ([PURE, "algorithm.use_kl_in_reward=True"], "use_kl_in_reward=True.*hybrid_rl_distillation"),
@@ -149,7 +161,9 @@ def other_tokenizer(path):
 
 def test_a_teacher_with_another_tokenizer(models, tmp_path):
     teacher = other_tokenizer(tmp_path / "other")
-    with pytest.raises(ValueError, match="teacher.model.path=.* has another tokenizer.*'<think>' = 258.*choose a teacher"):
+    with pytest.raises(
+        ValueError, match="teacher.model.path=.* has another tokenizer.*'<think>' = 258.*choose a teacher"
+    ):
         validate_distillation(make_config(PURE, *models, f"teacher.model.path={teacher}"))
 
 

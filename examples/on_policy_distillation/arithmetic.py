@@ -133,7 +133,7 @@ def untrained_model(hidden: int, layers: int, vocab_size: int, tied: bool, seed:
 
 
 def save_checkpoint(model: LlamaForCausalLM, path: Path) -> None:
-    """Write model and tokenizer, appearing at `path` only when complete, so an interrupted run leaves no half of one."""
+    """Write model and tokenizer to `path`, which appears only when complete: an interrupted run leaves no half."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -297,9 +297,7 @@ def make(out: str | Path, seed: int = 0) -> dict:
     train, test = problems(seed)
     make_split(out / "train.parquet", train)
     make_split(out / "test.parquet", test)
-    make_model(
-        out, "base", lambda: untrained_model(HIDDEN, LAYERS, VOCAB_SIZE, False, seed), BASE_ACCURACY, record
-    )
+    make_model(out, "base", lambda: untrained_model(HIDDEN, LAYERS, VOCAB_SIZE, False, seed), BASE_ACCURACY, record)
     make_model(out, "teacher", lambda: LlamaForCausalLM.from_pretrained(out / "base"), TEACHER_ACCURACY, record)
     return record
 

@@ -13,8 +13,8 @@
 # limitations under the License.
 """Entry point of the ``verl.plugins`` group: ``import verl`` loads this module where the package is pip-installed.
 
-It registers the two policy losses for custom trainers. VERL's own trainer needs the patch as well, for the teacher; in
-an unpatched VERL it would find that out at the first update, minutes in, so it is told when it checks its configuration.
+It registers the two policy losses for custom trainers. VERL's own trainer needs the patch as well, for the teacher. An
+unpatched trainer would find that out at its first update, minutes in, so here it is told as it checks its configuration.
 """
 
 import functools
@@ -37,8 +37,8 @@ def _refuse_without_teacher(validate_config):
         if is_distillation_loss(loss_mode):
             raise ValueError(
                 f"actor_rollout_ref.actor.policy_loss.loss_mode={loss_mode} needs a teacher, which this VERL's trainer "
-                "does not have: apply 0001-on-policy-distillation.patch to it (./apply_patch.sh), or call the loss from "
-                "a trainer of your own with get_policy_loss_fn."
+                "does not have: apply 0001-on-policy-distillation.patch to it (./apply_patch.sh), or call the loss "
+                "from a trainer of your own with get_policy_loss_fn."
             )
         return validate_config(config, *args, **kwargs)
 

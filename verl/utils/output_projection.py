@@ -23,7 +23,13 @@ __all__ = ["OutputProjection", "OutputProjectionFile", "find_output_projection"]
 
 # Untied heads first: a checkpoint that holds one uses it, whatever else it holds.
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
 

@@ -97,7 +97,7 @@ def _check_trainer(config: DictConfig) -> None:
     mode = config.trainer.v1.trainer_mode
     if mode == "separate_async":
         raise ValueError(
-            f"trainer.v1.trainer_mode={mode} is not supported with {_loss_mode(config)}: set it to sync or colocate_async."
+            f"trainer.v1.trainer_mode={mode} is not supported with {_loss_mode(config)}: set it to sync."
         )
 
 
@@ -120,13 +120,15 @@ def _check_loss(config: DictConfig) -> None:
     settings = DistillationLossConfig.from_config(config.actor_rollout_ref.actor)
     if settings.distillation_type == "skew_reverse_kl" and settings.distillation_beta == 0.0:
         raise ValueError(
-            "distillation_beta=0.0 makes distillation_type=skew_reverse_kl zero everywhere: set distillation_beta above 0 "
-            "(1.0 is reverse KL)."
+            "distillation_beta=0.0 makes distillation_type=skew_reverse_kl zero everywhere: set distillation_beta above "
+            "0 (1.0 is reverse KL)."
         )
     if not is_pure_distillation(config):
         return
     hybrid = f"or train with policy_loss.loss_mode={HYBRID}, which has an RL term."
-    _refuse(config, "actor_rollout_ref.actor.use_kl_loss", True, f"it has no reference policy. Set it to False, {hybrid}")
+    _refuse(
+        config, "actor_rollout_ref.actor.use_kl_loss", True, f"it has no reference policy. Set it to False, {hybrid}"
+    )
     _refuse(config, "algorithm.use_kl_in_reward", True, f"it uses no reward. Set it to False, {hybrid}")
     _refuse(config, "critic.enable", True, f"it uses no critic. Set it to null, {hybrid}")
     entropy_coeff = config.actor_rollout_ref.actor.entropy_coeff
@@ -179,14 +181,17 @@ def _vocabulary(path: str, model: DictConfig) -> dict[str, int]:
 def _check_tokenizers(config: DictConfig, student: Any, teacher: Any) -> None:
     """The same token ids must mean the same text, or the two distributions are over different things."""
     student_path, teacher_path = config.actor_rollout_ref.model.path, config.teacher.model.path
-    ours, theirs = _vocabulary(student_path, config.actor_rollout_ref.model), _vocabulary(teacher_path, config.teacher.model)
+    ours, theirs = (
+        _vocabulary(student_path, config.actor_rollout_ref.model),
+        _vocabulary(teacher_path, config.teacher.model),
+    )
     different = sorted(ours.items() ^ theirs.items(), key=lambda item: item[1])
     if different:
         token, index = different[0]
         raise ValueError(
             f"teacher.model.path={teacher_path} has another tokenizer than actor_rollout_ref.model.path={student_path} "
             f"({len(theirs)} and {len(ours)} tokens; the first difference is {token!r} = {index}): "
-            "full-vocabulary distillation compares them entry by entry, so choose a teacher with the student's tokenizer."
+            "they are compared entry by entry, so choose a teacher with the student's tokenizer."
         )
     for key, model in (("actor_rollout_ref.model.path", student), ("teacher.model.path", teacher)):
         size = model.get_text_config().vocab_size

@@ -117,7 +117,7 @@ class DistillationLossConfig:
         choices = [name for name in POLICY_LOSS_REGISTRY if not is_distillation_loss(name)]
         if self.hybrid_rl_loss_mode not in choices:
             raise ValueError(
-                f"hybrid_rl_loss_mode={self.hybrid_rl_loss_mode!r} is not a registered RL loss: choose one of {choices}."
+                f"hybrid_rl_loss_mode={self.hybrid_rl_loss_mode!r} is no registered RL loss: choose one of {choices}."
             )
 
     @classmethod
@@ -282,8 +282,8 @@ def _require_same_shape(student: StudentLogits, teacher: TeacherLogits, response
         raise ValueError(f"response_mask is {given}: pass a (batch, tokens) tensor, bool, int or float.")
     if student.shape[-1] != teacher.shape[-1]:
         raise ValueError(
-            f"student_logits have a vocabulary of {student.shape[-1]}, teacher_logits of {teacher.shape[-1]}: both must "
-            "share one tokenizer; if only the padding differs, cut both to the tokenizer's length."
+            f"student_logits have a vocabulary of {student.shape[-1]}, teacher_logits of {teacher.shape[-1]}: both "
+            "must share one tokenizer; if only the padding differs, cut both to the tokenizer's length."
         )
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if logits.shape[:2] != tuple(response_mask.shape):

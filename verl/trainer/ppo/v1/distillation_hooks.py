@@ -95,7 +95,9 @@ class DistillationTrainerHooks:
         """The loss's metrics under their own names; the trainer prefixes what a worker returns with ``actor/``."""
         if not self.enabled:
             return actor_metrics
-        return {name.removeprefix("actor/") if "/distillation/" in name else name: v for name, v in actor_metrics.items()}
+        return {
+            name.removeprefix("actor/") if "/distillation/" in name else name: v for name, v in actor_metrics.items()
+        }
 
     def add_unused_fields(self, data: TensorDict) -> TensorDict:
         """Zeros where the trainer's data metrics read RL quantities that the pure loss does not compute."""

@@ -47,16 +47,12 @@ class _FSDPTeacherEngine(FSDPEngineWithLMHead):
         return output[torch.arange(output.shape[1], device=output.device) < lengths.unsqueeze(1)]
 
 
-@EngineRegistry.register(
-    model_type="teacher_logits", backend=["fsdp", "fsdp2"], device=["cuda", "npu", "cpu"]
-)
+@EngineRegistry.register(model_type="teacher_logits", backend=["fsdp", "fsdp2"], device=["cuda", "npu", "cpu"])
 class FSDPTeacherLogitsEngine(_FSDPTeacherEngine):
     """Returns logits; the teacher runs its own head."""
 
 
-@EngineRegistry.register(
-    model_type="teacher_hidden_states", backend=["fsdp", "fsdp2"], device=["cuda", "npu", "cpu"]
-)
+@EngineRegistry.register(model_type="teacher_hidden_states", backend=["fsdp", "fsdp2"], device=["cuda", "npu", "cpu"])
 class FSDPTeacherEngine(_FSDPTeacherEngine):
     """Returns last hidden states; the head is dropped before the model is sharded, so it never runs here."""
 
