@@ -37,7 +37,7 @@ MACHINE = (
     "trainer.n_gpus_per_node=1",
     "actor_rollout_ref.rollout.name=hf",
     "actor_rollout_ref.model.use_remove_padding=False",
-    "+actor_rollout_ref.model.override_config.attn_implementation=eager",
+    "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
     "actor_rollout_ref.model.enable_gradient_checkpointing=False",
     "actor_rollout_ref.actor.strategy=fsdp2",
     "actor_rollout_ref.actor.fsdp_config.model_dtype=fp32",
@@ -109,7 +109,7 @@ def run_case(overrides, batch, rank, world_size):
         use_dynamic_bsz=config.actor_rollout_ref.actor.use_dynamic_bsz,
         micro_batch_size_per_gpu=config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu,
         max_token_len_per_gpu=config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu,
-        use_remove_padding=False,
+        use_remove_padding=config.actor_rollout_ref.model.use_remove_padding,
         use_fused_kernels=False,
         **({"calculate_entropy": False} | hooks.update_flags()),
     )

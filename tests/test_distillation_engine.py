@@ -84,6 +84,8 @@ CASES = {
         "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean",
     ),
     "logits_payload": (PURE, f"{MICRO}=4", "teacher.payload=logits"),
+    "packed": (PURE, f"{MICRO}=4", "actor_rollout_ref.model.use_remove_padding=True"),
+    "gradient_checkpointing": (PURE, f"{MICRO}=4", "actor_rollout_ref.model.enable_gradient_checkpointing=True"),
     "bf16_payload": (PURE, f"{MICRO}=4", "teacher.payload_dtype=bfloat16"),
     "hybrid": (HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_rl=0.7", f"{LOSS}.hybrid_lambda_distill=0.3"),
     "hybrid_only_rl": (HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_distill=0"),
@@ -262,7 +264,7 @@ def test_the_payload_holds_response_positions_only(one_rank, checkpoints):
     assert one_rank["logits_payload"]["payload"] == (torch.float32, vocab)
 
 
-@pytest.mark.parametrize("case", ["micro_batch_1", "dynamic"])
+@pytest.mark.parametrize("case", ["micro_batch_1", "dynamic", "packed", "gradient_checkpointing"])
 def test_gradients_do_not_depend_on_how_the_batch_is_split(case, one_rank):
     assert one_rank[case]["loss"] == pytest.approx(one_rank["reverse_kl"]["loss"], rel=1e-6)
     assert_same_gradients(one_rank[case]["gradients"], one_rank["reverse_kl"]["gradients"], tolerance=1e-6)

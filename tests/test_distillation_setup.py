@@ -14,6 +14,7 @@
 """Configuration mistakes surface when the trainer starts, before Ray, with the key, the value and the fix."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -198,6 +199,22 @@ def test_output_projection_bias_is_read(tmp_path):
     torch.save({"lm_head.weight": weight, "lm_head.bias": bias}, tmp_path / "pytorch_model.bin")
     found = find_output_projection(str(tmp_path), tied=False).load("cpu", torch.bfloat16)
     assert torch.equal(found.weight, weight.bfloat16()) and torch.equal(found.bias, bias.bfloat16())
+
+
+def test_a_hub_name_is_resolved_to_its_snapshot(tmp_path):
+    """In a process of its own: the Hub's library reads its cache folder from the environment when it is imported."""
+    repository = tmp_path / "models--org--teacher"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abc")
+    (repository / "snapshots").mkdir()
+    tiny_model(repository / "snapshots" / "0123abc")
+    code = (
+        "from verl.utils.output_projection import checkpoint_folder, find_output_projection as find\n"
+        "print(find(checkpoint_folder('org/teacher'), tied=False).weight_file)"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert output.stdout.strip() == str(repository / "snapshots" / "0123abc" / "model.safetensors"), output.stderr
 
 
 def test_a_checkpoint_without_a_known_head_names_the_fallback(tmp_path):

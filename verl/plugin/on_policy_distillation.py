@@ -14,7 +14,7 @@
 """Entry point of the ``verl.plugins`` group: ``import verl`` loads this module where the package is pip-installed.
 
 It registers the two policy losses for custom trainers. VERL's own trainer needs the patch as well, for the teacher. An
-unpatched trainer would find that out at its first update, minutes in, so here it is told as it checks its configuration.
+unpatched trainer would find that out at its first update, minutes in; here it is told when it checks its configuration.
 """
 
 import functools

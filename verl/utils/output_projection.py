@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["OutputProjection", "OutputProjectionFile", "find_output_projection"]
+__all__ = ["OutputProjection", "OutputProjectionFile", "checkpoint_folder", "find_output_projection"]
 
 # Untied heads first: a checkpoint that holds one uses it, whatever else it holds.
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
@@ -56,6 +56,19 @@ class OutputProjectionFile:
         weight = _read_tensor(self.weight_file, self.weight_name).to(device=device, dtype=dtype)
         bias = _read_tensor(self.bias_file, self.bias_name).to(device, dtype) if self.bias_name else None
         return OutputProjection(weight, bias)
+
+
+def checkpoint_folder(path: str) -> str:
+    """`path` itself if it is a folder, else the local snapshot of the Hugging Face Hub repository of that name."""
+    if os.path.isdir(path):
+        return path
+    from huggingface_hub import snapshot_download
+
+    # Older repositories hold their weights twice; the .bin files are fetched only where there is nothing else.
+    folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
+    if any(name.endswith(".safetensors") for name in os.listdir(folder)):
+        return folder
+    return snapshot_download(path, allow_patterns=["*.json", "*.bin"])
 
 
 def find_output_projection(checkpoint: str, tied: bool) -> OutputProjectionFile:

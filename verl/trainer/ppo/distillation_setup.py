@@ -35,7 +35,8 @@ _HEAD_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", 
 
 
 def _loss_mode(config: DictConfig) -> str:
-    return config.actor_rollout_ref.actor.policy_loss.get("loss_mode", "vanilla")
+    # Trainers without this key share VERL's checks, so it may be absent.
+    return OmegaConf.select(config, "actor_rollout_ref.actor.policy_loss.loss_mode", default="vanilla")
 
 
 def teacher_is_enabled(config: DictConfig) -> bool:
@@ -96,9 +97,7 @@ def _check_trainer(config: DictConfig) -> None:
     _refuse(config, "trainer.use_v1", False, "only the V1 trainer has a teacher; set trainer.use_v1=True.")
     mode = config.trainer.v1.trainer_mode
     if mode == "separate_async":
-        raise ValueError(
-            f"trainer.v1.trainer_mode={mode} is not supported with {_loss_mode(config)}: set it to sync."
-        )
+        raise ValueError(f"trainer.v1.trainer_mode={mode} is not supported with {_loss_mode(config)}: set it to sync.")
 
 
 def _check_student(config: DictConfig) -> None:
@@ -120,8 +119,8 @@ def _check_loss(config: DictConfig) -> None:
     settings = DistillationLossConfig.from_config(config.actor_rollout_ref.actor)
     if settings.distillation_type == "skew_reverse_kl" and settings.distillation_beta == 0.0:
         raise ValueError(
-            "distillation_beta=0.0 makes distillation_type=skew_reverse_kl zero everywhere: set distillation_beta above "
-            "0 (1.0 is reverse KL)."
+            "distillation_beta=0.0 makes distillation_type=skew_reverse_kl zero everywhere: set "
+            "distillation_beta above 0 (1.0 is reverse KL)."
         )
     if not is_pure_distillation(config):
         return

@@ -28,7 +28,7 @@ from verl.trainer.ppo.on_policy_distillation import PURE, StudentLogits, Teacher
 from verl.utils.device import get_device_id
 from verl.utils.divergence import DenseLogits, LinearLogits, LogitSource
 from verl.utils.metric import AggregationType, Metric
-from verl.utils.output_projection import OutputProjection, find_output_projection
+from verl.utils.output_projection import OutputProjection, checkpoint_folder, find_output_projection
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import ActorConfig
 from verl.workers.config.teacher import TeacherConfig
@@ -43,7 +43,9 @@ def build_distillation_loss(config: ActorConfig, teacher_config: TeacherConfig) 
     projection = None
     if teacher_config.payload == "hidden_states":
         model = teacher_config.model
-        file = find_output_projection(model.local_path, tied=bool(model.hf_config.tie_word_embeddings))
+        file = find_output_projection(
+            checkpoint_folder(model.local_path), tied=bool(model.hf_config.tie_word_embeddings)
+        )
         dtype = PrecisionType.to_dtype(teacher_config.fsdp_config.model_dtype)
         projection = file.load(device=get_device_id(), dtype=dtype)
     return DistillationActorLoss(config, projection)
