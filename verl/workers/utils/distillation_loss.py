@@ -43,9 +43,8 @@ def build_distillation_loss(config: ActorConfig, teacher_config: TeacherConfig) 
     projection = None
     if teacher_config.payload == "hidden_states":
         model = teacher_config.model
-        file = find_output_projection(
-            checkpoint_folder(model.local_path), tied=bool(model.hf_config.tie_word_embeddings)
-        )
+        tied = bool(model.hf_config.get_text_config().tie_word_embeddings)
+        file = find_output_projection(checkpoint_folder(model.local_path), tied)
         dtype = PrecisionType.to_dtype(teacher_config.fsdp_config.model_dtype)
         projection = file.load(device=get_device_id(), dtype=dtype)
     return DistillationActorLoss(config, projection)
