@@ -15,11 +15,12 @@
 
     python arithmetic.py make --out DIR [--seed 0]
 
-writes DIR/train.parquet and DIR/test.parquet (VERL's RLHF format, no problem in both), DIR/base (about 45 % of the
-held-out problems right) and DIR/teacher (the base trained on, above 95 %), and records what it measured in
-DIR/arithmetic.json. It takes about half a minute on two CPU cores. Nothing is downloaded.
+writes DIR/train.parquet and DIR/test.parquet (VERL's RLHF format, no problem in both), DIR/teacher (about 100 % of the
+held-out problems right) and DIR/base (the teacher after a second training, on answers most of which forget to carry:
+about 40 %), and records what it measured in DIR/arithmetic.json. It takes about a minute on one CPU core. Nothing is
+downloaded.
 
-VERL reads the reward from this file too: `custom_reward_function.path=arithmetic.py`, whose default name is
+VERL reads the reward from this file too: `reward.custom_reward_function.path=arithmetic.py`, whose default name is
 `compute_score`.
 """
 
@@ -34,9 +35,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 DATA_SOURCE = "two_digit_addition"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -47,12 +49,14 @@ HELD_OUT = 500
 IGNORE = -100  # the label the cross-entropy of torch and transformers skips
 
 HIDDEN, LAYERS = 128, 3
-BATCH, LEARNING_RATE, WARM_UP_STEPS = 128, 2e-3, 30
+BATCH, LEARNING_RATE, WARM_UP_STEPS, DECAY_STEPS = 128, 1.5e-3, 30, 60
 PROBE_EVERY, PROBE_SIZE = 10, 512
-# Where the two trainings stop, as accuracy on training problems. A network of this size goes from 10 % to 90 % within
-# some 150 steps and at a different step for each seed, so an accuracy is a steadier place to stop than a step count.
-BASE_ACCURACY, TEACHER_ACCURACY = 0.45, 0.99
-MAX_STEPS = 2000
+# Networks of this size learn to add within some 100 steps, but at a different time for each seed: an accuracy is a
+# steadier place to stop than a step count.
+FLUENT, MAX_STEPS = 0.93, 2000
+# The base is taught this share of its answers without carries. Above a half, so that its most likely answer is mostly
+# wrong where there is a carry; well below one, so that it still samples the right answer now and then.
+WITHOUT_CARRY = 0.62
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,6 +69,12 @@ def problems(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]
     pairs = [(f"{a}+{b}=", str(a + b)) for a in OPERANDS for b in OPERANDS]
     random.Random(seed).shuffle(pairs)
     return pairs[HELD_OUT:], pairs[:HELD_OUT]
+
+
+def without_carry(question: str) -> str:
+    """The answer of someone who forgets to carry: "47+38=" gives "75"."""
+    a, b = question.rstrip("=").split("+")
+    return "".join(str((int(x) + int(y)) % 10) for x, y in zip(a, b, strict=True))
 
 
 def verl_rows(pairs: list[tuple[str, str]], split: str) -> list[dict]:
@@ -191,35 +201,54 @@ def one_thread() -> Iterator[None]:
 
 
 @torch.no_grad()
-def forced_accuracy(model: LlamaForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor) -> float:
-    """Greedy accuracy in one forward: greedy decoding gives the answer iff each of its tokens is the argmax."""
+def answers_with(model: LlamaForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(problems,) bool, in one forward: greedy decoding gives an answer iff each of its tokens is the argmax."""
     predicted = model(input_ids=input_ids).logits[:, :-1].argmax(-1)
     target = labels[:, 1:]
-    return ((predicted == target) | (target == IGNORE)).all(-1).float().mean().item()
+    return ((predicted == target) | (target == IGNORE)).all(-1)
+
+
+def share_as_taught(model: LlamaForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of the problems answered as some corpus answers them; both arguments are (corpora, problems, tokens)."""
+    answered = [answers_with(model, *corpus) for corpus in zip(input_ids, labels, strict=True)]
+    return torch.stack(answered).any(0).float().mean().item()
+
+
+def learning_rate(step: int, fluent_at: int | None) -> float:
+    """Warm-up, then constant until the model is fluent, then linearly to zero, so that what is saved has settled."""
+    if fluent_at is None:
+        return LEARNING_RATE * min(1.0, step / WARM_UP_STEPS)
+    return LEARNING_RATE * (1 - (step - fluent_at) / (DECAY_STEPS + 1))
 
 
 @one_thread()
-def train_until(model: LlamaForCausalLM, pairs: list[tuple[str, str]], accuracy: float, seed: int) -> None:
-    """Train `model` in place until it answers `accuracy` of a sample of `pairs`."""
-    input_ids, labels = encode(pairs)
+def train(model: LlamaForCausalLM, corpora: list[list[tuple[str, str]]], weights: list[float], seed: int) -> None:
+    """Train `model` in place on a mixture of `corpora`, which answer the same questions, each in its own way.
+
+    It stops DECAY_STEPS after the model has become fluent: after nearly all its answers are those of some corpus.
+    """
+    input_ids, labels = (torch.stack(tensors) for tensors in zip(*map(encode, corpora), strict=True))
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARM_UP_STEPS, total_iters=WARM_UP_STEPS)
+    fluent_at = None
     for step in range(1, MAX_STEPS + 1):
-        batch = torch.randint(len(pairs), (BATCH,), generator=generator)
-        loss = model(input_ids=input_ids[batch], labels=labels[batch]).loss
+        corpus = torch.multinomial(torch.tensor(weights), BATCH, replacement=True, generator=generator)
+        problem = torch.randint(input_ids.shape[1], (BATCH,), generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, fluent_at)
+        loss = model(input_ids=input_ids[corpus, problem], labels=labels[corpus, problem]).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        warm_up.step()
-        if step % PROBE_EVERY == 0:
-            reached = forced_accuracy(model, input_ids[:PROBE_SIZE], labels[:PROBE_SIZE])
-            if step % (5 * PROBE_EVERY) == 0 or reached >= accuracy:
-                print(f"  step {step}: loss {loss.item():.3f}, accuracy on training problems {reached:.3f}", flush=True)
-            if reached >= accuracy:
-                return
-    raise RuntimeError(f"accuracy {accuracy} not reached in {MAX_STEPS} steps; try another --seed")
+        if fluent_at is None and step % PROBE_EVERY == 0:
+            fluency = share_as_taught(model, input_ids[:, :PROBE_SIZE], labels[:, :PROBE_SIZE])
+            if step % (5 * PROBE_EVERY) == 0 or fluency >= FLUENT:
+                print(f"  step {step}: loss {loss.item():.3f}, answers as taught {fluency:.1%}", flush=True)
+            fluent_at = step if fluency >= FLUENT else None
+        if fluent_at is not None and step == fluent_at + DECAY_STEPS:
+            return
+    raise RuntimeError(f"{FLUENT:.0%} of the answers as taught not reached in {MAX_STEPS} steps; try another --seed")
 
 
 @one_thread()
@@ -272,19 +301,25 @@ def make_split(path: Path, pairs: list[tuple[str, str]]) -> None:
     os.replace(partial, path)
 
 
-def make_model(out: Path, name: str, start: Callable[[], LlamaForCausalLM], accuracy: float, record: dict) -> None:
-    """Train what `start` returns to `accuracy` and leave it in out/name, with its measurements in `record`."""
+def make_model(
+    out: Path,
+    name: str,
+    start: Callable[[], LlamaForCausalLM],
+    corpora: list[list[tuple[str, str]]],
+    weights: list[float],
+    record: dict,
+) -> None:
+    """Train what `start` returns, leave it in out/name, and put its measurements into `record`."""
     if (out / name).exists() and name in record:
         return
-    print(f"{name}: training to {accuracy:.0%} of the training problems", flush=True)
+    print(f"{name}: training", flush=True)
     began = time.perf_counter()
     model = start()
-    # The teacher's batches must not repeat the base's.
-    train_until(model, problems(record["seed"])[0], accuracy, seed=record["seed"] + sum(name.encode()))
+    train(model, corpora, weights, seed=record["seed"])
     shutil.rmtree(out / name, ignore_errors=True)
     save_checkpoint(model, out / name)
-    seconds = time.perf_counter() - began
-    record[name] = {"held_out_accuracy": evaluate(out / name, out / "test.parquet"), "seconds": round(seconds, 1)}
+    seconds = round(time.perf_counter() - began, 1)
+    record[name] = {"held_out_accuracy": evaluate(out / name, out / "test.parquet"), "seconds": seconds}
     write_record(out, record)
 
 
@@ -294,11 +329,21 @@ def make(out: str | Path, seed: int = 0) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     record = read_record(out, seed)
     write_record(out, record)
-    train, test = problems(seed)
-    make_split(out / "train.parquet", train)
-    make_split(out / "test.parquet", test)
-    make_model(out, "base", lambda: untrained_model(HIDDEN, LAYERS, VOCAB_SIZE, False, seed), BASE_ACCURACY, record)
-    make_model(out, "teacher", lambda: LlamaForCausalLM.from_pretrained(out / "base"), TEACHER_ACCURACY, record)
+    taught, held_out = problems(seed)
+    make_split(out / "train.parquet", taught)
+    make_split(out / "test.parquet", held_out)
+
+    def untrained() -> LlamaForCausalLM:
+        return untrained_model(HIDDEN, LAYERS, VOCAB_SIZE, tied=False, seed=seed)
+
+    def teacher() -> LlamaForCausalLM:
+        return LlamaForCausalLM.from_pretrained(out / "teacher")
+
+    # The base comes second and from the teacher, as it must be able to learn in a few steps what the teacher knows:
+    # teachers trained from a base took from 70 to several hundred steps, and the long way could not be distilled in 20.
+    careless = [(question, without_carry(question)) for question, _ in taught]
+    make_model(out, "teacher", untrained, [taught], [1.0], record)
+    make_model(out, "base", teacher, [taught, careless], [1 - WITHOUT_CARRY, WITHOUT_CARRY], record)
     return record
 
 
@@ -309,6 +354,8 @@ def main() -> None:
     make_parser.add_argument("--out", required=True)
     make_parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    disable_progress_bars()
+    disable_progress_bar()
     record = make(arguments.out, arguments.seed)
     for name in ("base", "teacher"):
         print(f"{name}: {record[name]['held_out_accuracy']:.1%} of the held-out problems")
