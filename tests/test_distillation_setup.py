@@ -113,6 +113,7 @@ MISTAKES = {
     "pure with critic": ([PURE, "critic.enable=True"], "critic.enable=True.*hybrid_rl_distillation"),
     "pure with entropy": ([PURE, f"{ACTOR}.entropy_coeff=0.01"], "entropy_coeff=0.01.*Set it to 0"),
     "payload": ([PURE, "teacher.payload=logit"], r"teacher.payload=logit .*\['hidden_states', 'logits'\]"),
+    "payload dtype": ([PURE, "teacher.payload_dtype=bf8"], "teacher.payload_dtype=bf8 is not a dtype: set it to"),
     "type": ([PURE, f"{ACTOR}.policy_loss.distillation_type=kl"], "distillation_type='kl'.*choose one of"),
     "beta": ([PURE, f"{ACTOR}.policy_loss.distillation_beta=1.5"], r"distillation_beta=1.5 is outside \[0, 1\]"),
     "temperature": ([PURE, f"{ACTOR}.policy_loss.distillation_temperature=0"], "distillation_temperature=0.*positive"),

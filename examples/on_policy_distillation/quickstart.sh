@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Distils a teacher into a smaller-accuracy student on the student's own generations, with VERL's PPO trainer.
+# Distils a teacher into a student that makes mistakes, on the student's own generations, with VERL's PPO trainer.
 #
 #   ./examples/on_policy_distillation/quickstart.sh [FOLDER] [HYDRA_OVERRIDE ...]
 #
@@ -35,7 +35,7 @@ case $machine in
 esac
 mapfile -t machine_overrides < <(grep -vE '^\s*(#|$)' "$here/${machine}_overrides.txt")
 
-steps=25
+steps=15
 python "$here/progress.py" "$folder" "$steps" -- python -m verl.trainer.main_ppo \
     "${machine_overrides[@]}" \
     actor_rollout_ref.actor.policy_loss.loss_mode=on_policy_distillation \
@@ -50,10 +50,10 @@ python "$here/progress.py" "$folder" "$steps" -- python -m verl.trainer.main_ppo
     data.seed=0 \
     actor_rollout_ref.rollout.n=1 \
     actor_rollout_ref.actor.ppo_mini_batch_size=64 \
-    actor_rollout_ref.actor.optim.lr=1e-3 \
+    actor_rollout_ref.actor.optim.lr=2e-4 \
     reward.custom_reward_function.path="$here/arithmetic.py" \
     trainer.total_training_steps="$steps" \
-    trainer.test_freq=5 \
+    trainer.test_freq=3 \
     trainer.save_freq=5 \
     trainer.max_actor_ckpt_to_keep=1 \
     'actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]' \

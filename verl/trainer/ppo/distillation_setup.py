@@ -26,6 +26,7 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.trainer.ppo.on_policy_distillation import HYBRID, PURE, DistillationLossConfig, is_distillation_loss
 from verl.utils.fs import copy_to_local
 from verl.utils.output_projection import find_output_projection
+from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config.teacher import TEACHER_PAYLOADS
 
 __all__ = ["is_pure_distillation", "teacher_is_enabled", "validate_distillation"]
@@ -147,12 +148,21 @@ def _check_teacher(config: DictConfig, path: Optional[str]) -> None:
     payload = config.teacher.payload
     if payload not in TEACHER_PAYLOADS:
         raise ValueError(f"teacher.payload={payload} is not a payload: choose one of {list(TEACHER_PAYLOADS)}.")
+    for key in ("teacher.payload_dtype", "teacher.fsdp_config.model_dtype"):
+        _check_dtype(key, OmegaConf.select(config, key))
     student_path = config.actor_rollout_ref.model.path
     student = _load_config("actor_rollout_ref.model.path", student_path, config.actor_rollout_ref.model)
     teacher = _load_config("teacher.model.path", path, config.teacher.model)
     _check_tokenizers(config, student, teacher)
     if payload == "hidden_states":
         _check_head(path, teacher)
+
+
+def _check_dtype(key: str, name: Any) -> None:
+    try:
+        PrecisionType.to_dtype(name)
+    except RuntimeError:
+        raise ValueError(f"{key}={name} is not a dtype: set it to bfloat16, float16 or float32.") from None
 
 
 def _load_config(key: str, path: str, model: DictConfig) -> Any:
