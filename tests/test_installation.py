@@ -13,15 +13,13 @@
 # limitations under the License.
 """How the losses reach a VERL: by the patch, without any import of ours; or by pip, next to an unpatched one."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, copy_unpatched_verl
 
 NAMES = ("on_policy_distillation", "hybrid_rl_distillation")
 LOSS_FROM_THE_REGISTRY = """
@@ -52,11 +50,7 @@ def unpatched(tmp_path_factory):
     if shutil.which("git") is None:
         pytest.skip("git, which takes the patch back out of a copy of VERL, is not installed")
     folder = tmp_path_factory.mktemp("unpatched")
-    installed = Path(importlib.util.find_spec("verl").origin).parent
-    shutil.copytree(installed, folder / "verl", ignore=shutil.ignore_patterns("__pycache__"))
-    patch = ROOT / "0001-on-policy-distillation.patch"
-    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
-    subprocess.run(["git", "apply", "--reverse", str(patch)], cwd=folder, env=environment, check=True)
+    copy_unpatched_verl(folder)
     source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "LICENSE"):

@@ -28,8 +28,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, copy_unpatched_verl
 
-ROOT = Path(__file__).resolve().parent.parent
 PATCH = ROOT / "0001-on-policy-distillation.patch"
 BOOTSTRAP = ROOT / "scripts" / "bootstrap.sh"
 VENV = ROOT / ".venv"
@@ -82,10 +82,8 @@ def installed_verl():
 
 @pytest.fixture
 def pristine(installed_verl, tmp_path):
-    """A directory with VERL's own verl/ in it: the installed one with the patch taken back out."""
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(installed_verl, tmp_path / "pristine" / "verl", ignore=ignore)
-    succeed("git", "apply", "--reverse", PATCH, cwd=tmp_path / "pristine")
+    """A directory with VERL's own verl/ in it."""
+    copy_unpatched_verl(tmp_path / "pristine")
     return tmp_path / "pristine"
 
 

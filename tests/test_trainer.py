@@ -23,7 +23,7 @@ import pytest
 import torch
 from arithmetic import compute_score, make_split, problems, tiny_model
 from conftest import ROOT
-from metrics import accuracy, metric_files, read_metrics, read_run
+from metrics import accuracy, metric_files, next_metric_file, read_metrics, read_run
 from transformers import AutoModelForCausalLM
 
 EXAMPLE = ROOT / "examples" / "on_policy_distillation"
@@ -81,15 +81,14 @@ def trainer_command(files, folder, *overrides):
 
 def start(files, folder, *overrides):
     """The trainer as a process group of its own, its metrics and its output in new files below `folder`."""
-    (folder / "metrics").mkdir(exist_ok=True, parents=True)
-    index = len(metric_files(folder))
+    metrics = next_metric_file(folder)
     environment = os.environ | {
         "VERL_PLATFORM": "cpu",
         "VERL_USE_EXTERNAL_MODULES": "verl.plugin.cpu",
-        "VERL_FILE_LOGGER_PATH": str(folder / "metrics" / f"{index:04d}.jsonl"),
+        "VERL_FILE_LOGGER_PATH": str(metrics),
         "VERL_LOGGING_LEVEL": "ERROR",
     }
-    with open(folder / f"{index:04d}.log", "wb") as log:
+    with open(folder / f"{metrics.stem}.log", "wb") as log:
         return subprocess.Popen(
             trainer_command(files, folder, *overrides),
             env=environment,

@@ -22,6 +22,12 @@ def metric_files(folder: Path) -> list[Path]:
     return sorted((folder / "metrics").glob("*.jsonl"))
 
 
+def next_metric_file(folder: Path) -> Path:
+    """Where the next start of the trainer is to log: VERL truncates its file, so each start has one of its own."""
+    (folder / "metrics").mkdir(exist_ok=True, parents=True)
+    return folder / "metrics" / f"{len(metric_files(folder)):04d}.jsonl"
+
+
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """Metrics by step. A last line that is still being written is left for later."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []

@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from metrics import accuracy, metric_files, read_metrics
+from metrics import accuracy, next_metric_file, read_metrics
 
 POLL_SECONDS = 0.5
 LINES_SHOWN_ON_FAILURE = 40
@@ -59,9 +59,7 @@ def main() -> None:
     if separator != "--":
         sys.exit(__doc__)
     folder = Path(folder)
-    (folder / "metrics").mkdir(exist_ok=True)
-    # VERL truncates its metrics file when it starts, so a resumed run gets a file of its own.
-    path = folder / "metrics" / f"{len(metric_files(folder)):04d}.jsonl"
+    path = next_metric_file(folder)
     log_path = folder / "train.log"
     print(f"training with VERL; its output is in {log_path} (the first step takes about a minute)", flush=True)
     with open(log_path, "a") as log:

@@ -18,10 +18,10 @@ folder=$(cd "$folder" && pwd)
 "$root/scripts/bootstrap.sh"
 export PATH="$root/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 
-python "$here/arithmetic.py" make --out "$folder"
 if [[ -e $folder/results.json ]]; then
     exec python "$here/summary.py" "$folder"
 fi
+python "$here/arithmetic.py" make --out "$folder"
 
 # What depends on the machine, and only that: one Hydra override a line.
 machine=cpu

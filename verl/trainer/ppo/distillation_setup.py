@@ -165,10 +165,14 @@ def _check_dtype(key: str, name: Any) -> None:
         raise ValueError(f"{key}={name} is not a dtype: set it to bfloat16, float16 or float32.") from None
 
 
+def _local_path(path: str) -> str:
+    return copy_to_local(os.path.expanduser(path))
+
+
 def _load_config(key: str, path: str, model: DictConfig) -> Any:
     from transformers import AutoConfig
 
-    local = copy_to_local(os.path.expanduser(path))
+    local = _local_path(path)
     # A name such as org/model may be on the Hub; an absolute path or one below an existing folder is meant to be here.
     is_local = os.path.isabs(local) or os.path.isdir(os.path.dirname(local))
     if is_local and not os.path.isdir(local):
@@ -182,8 +186,7 @@ def _load_config(key: str, path: str, model: DictConfig) -> Any:
 def _vocabulary(path: str, model: DictConfig) -> dict[str, int]:
     from verl.utils import hf_tokenizer
 
-    path = model.get("tokenizer_path", None) or path
-    local = copy_to_local(os.path.expanduser(path))
+    local = _local_path(model.get("tokenizer_path", None) or path)
     return hf_tokenizer(local, trust_remote_code=model.get("trust_remote_code", False)).get_vocab()
 
 
@@ -220,6 +223,6 @@ def _check_head(path: str, teacher: Any) -> None:
                 f"teacher.model.path={path} has {name}={value}: its head does more than a matrix product, which "
                 "teacher.payload=hidden_states cannot reproduce. Set teacher.payload=logits."
             )
-    local = copy_to_local(os.path.expanduser(path))
+    local = _local_path(path)
     if os.path.isdir(local):
         find_output_projection(local, tied=bool(text.tie_word_embeddings))
