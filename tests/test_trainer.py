@@ -141,8 +141,13 @@ def test_pure_distillation_validates_without_a_reward_function(pure):
 
 
 def test_an_interrupted_run_continues_where_it_was(pure, files, tmp_path):
-    """Killed after step 5, one step after the last checkpoint: the second start repeats step 5 and goes on."""
-    process = start(files, tmp_path, *PURE)
+    """Killed after step 5, one step after the last checkpoint: the second start repeats step 5 and goes on.
+
+    One update a step: with more, the KL of the later mini-batches depends on what the first held, and VERL orders them
+    by random ids.
+    """
+    overrides = (*PURE, f"{ACTOR}.ppo_mini_batch_size={PROMPTS}")
+    process = start(files, tmp_path, *overrides)
     deadline = time.monotonic() + 300
     while 5 not in read_run(tmp_path):
         assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "0000.log").read_text()[-4000:]
@@ -150,7 +155,7 @@ def test_an_interrupted_run_continues_where_it_was(pure, files, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     first = read_run(tmp_path)
-    resumed = run(files, tmp_path, *PURE)
+    resumed = run(files, tmp_path, *overrides)
     assert [step for step, metrics in resumed.items() if "distillation/kl" in metrics] == [5, 6]
     # The same weights on the same prompts, with the same random numbers.
     assert resumed[5]["distillation/kl"] == pytest.approx(first[5]["distillation/kl"], rel=2e-3)
