@@ -47,7 +47,7 @@ however far apart, are never clamped.
 
 import math
 from dataclasses import dataclass
-from typing import Callable, NamedTuple, Protocol
+from typing import Callable, Iterator, NamedTuple, Optional, Protocol
 
 import torch
 
@@ -58,15 +58,28 @@ __all__ = [
     "DivergenceSpec",
     "LinearLogits",
     "LogitSource",
+    "Rows",
     "TokenDivergence",
+    "cache_blocks",
+    "chunks",
+    "divergence_rows_",
+    "log_zero_",
+    "project",
+    "tempered_log_softmax",
     "token_divergence",
+    "wide_mm",
 ]
 
 LOG_ZERO = -103.27893  # log(2**-149), the smallest positive float32
 
-# Elements of one chunk of logits. Bounds the extra memory, whatever the number of tokens: about a dozen float32 tensors
-# of this size are alive at once (16 Mi elements: 768 MiB; 110 tokens of a vocabulary of 152 k).
-CHUNK_ELEMENTS = 1 << 24
+# Elements of one chunk of logits, which bounds the extra memory whatever the number of tokens: one chunk of the
+# student's and one of the teacher's float32 logits are alive at once (2 x 128 MiB; 220 tokens of a vocabulary of
+# 152 k). Larger chunks make better matrix products, smaller ones need less memory.
+CHUNK_ELEMENTS = 1 << 25
+
+# Elements of the blocks in which a processor with a cache walks through a chunk: the five tensors of a block (2 MiB
+# each) then stay in it, and the elementwise passes cost a fraction of what they cost from main memory.
+CACHED_BLOCK_ELEMENTS = 1 << 19
 
 
 class LogitSource(Protocol):
@@ -77,7 +90,7 @@ class LogitSource(Protocol):
         """(n, V)."""
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """Logits (len(index), V) of the tokens `index` (int64), in any float dtype."""
+        """Logits (len(index), V) of the tokens `index` (int64), any float dtype; new memory, the caller's to change."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,10 @@ class DenseLogits:
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         return self.values[index]
 
+    def cut(self, vocab: int) -> "DenseLogits":
+        """The first `vocab` entries of the vocabulary, not copied."""
+        return DenseLogits(self.values[:, :vocab])
+
 
 @dataclass(frozen=True)
 class LinearLogits:
@@ -107,10 +124,31 @@ class LinearLogits:
         return self.hidden.shape[0], self.weight.shape[0]
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        hidden = self.hidden[index].to(self.weight.dtype)
-        # A training engine calls the loss inside autocast, which would round a float32 teacher's logits to bfloat16.
-        with torch.autocast(hidden.device.type, enabled=False):
-            return torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return project(self.hidden[index], self.weight, self.bias)
+
+    def cut(self, vocab: int) -> "LinearLogits":
+        """The first `vocab` entries of the vocabulary, not copied."""
+        return LinearLogits(self.hidden, self.weight[:vocab], None if self.bias is None else self.bias[:vocab])
+
+
+def project(hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Logits (n, V) = `hidden` (n, H) @ `weight` (V, H).T + `bias` (V,), multiplied in the weight's dtype.
+
+    Returned in float32, or float64 for float64 weights: 16-bit products keep the sums that the device made in float32
+    where it can return them, and are rounded once where it cannot.
+    """
+    # A training engine calls the loss inside autocast, which would round a float32 teacher's logits to bfloat16.
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = wide_mm(hidden.to(weight.dtype), weight.T)
+        return logits if bias is None else logits.add_(bias)
+
+
+def wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, at least float32, new memory. On CUDA 16-bit factors give their float32 sums without a rounding."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        # Of the devices, CUDA alone has a product with an output wider than its factors (torch.mm's out_dtype).
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b).float()
+    return torch.mm(a, b)
 
 
 class TokenDivergence(NamedTuple):
@@ -124,69 +162,70 @@ class TokenDivergence(NamedTuple):
     top1_agreement: torch.Tensor  # 1.0 where student and teacher have the same most likely entry, else 0.0
 
 
-class _Distributions(NamedTuple):
-    """Probabilities and logarithms of both sides for one chunk, each (chunk, V), float32 or float64."""
+class Rows(NamedTuple):
+    """Both distributions of a few tokens, float32 or float64, as the functions in `DIVERGENCES` get them.
+
+    (rows, V): probabilities `s` and `t`, their logarithms, with LOG_ZERO for log 0, and `ratio` = log_s - log_t.
+    (rows,): the two KLs in nats.
+    """
 
     s: torch.Tensor
     log_s: torch.Tensor
     t: torch.Tensor
     log_t: torch.Tensor
+    ratio: torch.Tensor
+    reverse_kl: torch.Tensor
+    forward_kl: torch.Tensor
 
 
-def _probabilities(logits: torch.Tensor, temperature: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    # The maximum goes first: a common offset must not cost the quotient its digits.
-    logits = logits.to(dtype) - logits.amax(-1, keepdim=True)
-    log_p = torch.log_softmax(logits / temperature, dim=-1)
-    p = log_p.exp()
-    # -inf would turn 0 * log 0 into NaN below; the lowest finite number is multiplied away by p = 0.
-    return p, log_p.clamp_(min=torch.finfo(dtype).min)
+def _log_mixture_over(log_ratio: torch.Tensor, weight: float, out: torch.Tensor) -> torch.Tensor:
+    """log(M / P), written to `out`, for the mixture M = weight Q + (1 - weight) P and log_ratio = log Q - log P.
 
-
-def _log_ratio(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """log p - log q where p > 0, else 0; log q of a zero probability is LOG_ZERO (see the module docstring)."""
-    is_zero = log_q == torch.finfo(log_q.dtype).min
-    return (log_p - log_q.masked_fill(is_zero, LOG_ZERO)).masked_fill_(p == 0, 0.0)
-
-
-def _log_mixture_ratio(log_p: torch.Tensor, log_q: torch.Tensor, weight: float) -> torch.Tensor:
-    """log((weight q + (1 - weight) p) / p), where 0 < weight < 1 or either end of it.
-
-    By expm1 where the ratio is near one: the difference of log M and log p would lose the digits that a small weight,
-    or a p near q, leaves. By logaddexp elsewhere: nothing over- or underflows.
+    A small weight leaves a small logarithm, whose digits expm1 and log1p keep; with a large weight they would cancel
+    where Q << P, and the logarithm of the sum does not.
     """
-    difference = log_q - log_p
-    change = weight * torch.expm1(difference)
-    log_weight = math.log(weight) if weight > 0.0 else -math.inf
-    log_rest = math.log1p(-weight) if weight < 1.0 else -math.inf
-    far = torch.logaddexp(difference + log_weight, torch.full_like(difference, log_rest))
-    return torch.where(change.abs() < 0.5, torch.log1p(change), far)
+    if weight <= 0.5:
+        return torch.expm1(log_ratio, out=out).mul_(weight).log1p_()
+    return torch.exp(log_ratio, out=out).mul_(weight).add_(1.0 - weight).log_()
 
 
-def _reverse_kl(d: _Distributions, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    ratio = _log_ratio(d.s, d.log_s, d.log_t)
-    value = (d.s * ratio).sum(-1)
-    return value, d.s * (ratio - value.unsqueeze(-1))
+def _clamp_ratio_(d: Rows) -> torch.Tensor:
+    """Keeps expm1 finite. An entry beyond the limit has e^-88 of the other side's mass (e^-700 in float64)."""
+    limit = 88.0 if d.ratio.dtype == torch.float32 else 700.0
+    return d.ratio.clamp_(-limit, limit)
 
 
-def _forward_kl(d: _Distributions, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return (d.t * _log_ratio(d.t, d.log_t, d.log_s)).sum(-1), d.s - d.t
+def _reverse_kl(d: Rows, beta: float) -> torch.Tensor:
+    torch.mul(d.ratio.sub_(d.reverse_kl.unsqueeze(-1)), d.s, out=d.s)
+    return d.reverse_kl
 
 
-def _gkd(d: _Distributions, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    ratio = -_log_mixture_ratio(d.log_s, d.log_t, beta).masked_fill_(d.s == 0, 0.0)  # log S - log M
-    kl_student = (d.s * ratio).sum(-1)
-    kl_teacher = -(d.t * _log_mixture_ratio(d.log_t, d.log_s, 1.0 - beta).masked_fill_(d.t == 0, 0.0)).sum(-1)
-    gradient = (1.0 - beta) * d.s * (ratio - kl_student.unsqueeze(-1))
-    return beta * kl_teacher + (1.0 - beta) * kl_student, gradient
+def _forward_kl(d: Rows, beta: float) -> torch.Tensor:
+    d.s.sub_(d.t)
+    return d.forward_kl
 
 
-def _skew_reverse_kl(d: _Distributions, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    ratio = -_log_mixture_ratio(d.log_s, d.log_t, beta).masked_fill_(d.s == 0, 0.0)
-    h = ratio - (1.0 - beta) * torch.expm1(ratio)  # h of the table less 1 - beta; a constant drops out of the gradient
-    return (d.s * ratio).sum(-1), d.s * (h - (d.s * h).sum(-1, keepdim=True))
+def _gkd(d: Rows, beta: float) -> torch.Tensor:
+    ratio = _clamp_ratio_(d)
+    log_m_over_t = _log_mixture_over(ratio, 1.0 - beta, out=d.log_t)
+    log_m_over_s = _log_mixture_over(ratio.neg_(), beta, out=d.log_s)
+    kl_teacher = -torch.linalg.vecdot(d.t, log_m_over_t)
+    kl_student = -torch.linalg.vecdot(d.s, log_m_over_s)
+    torch.mul(log_m_over_s.add_(kl_student.unsqueeze(-1)), d.s, out=d.s).mul_(beta - 1.0)
+    return beta * kl_teacher + (1.0 - beta) * kl_student
 
 
-_Divergence = Callable[[_Distributions, float], tuple[torch.Tensor, torch.Tensor]]
+def _skew_reverse_kl(d: Rows, beta: float) -> torch.Tensor:
+    log_s_over_m = _log_mixture_over(_clamp_ratio_(d).neg_(), beta, out=d.log_s).neg_()
+    value = torch.linalg.vecdot(d.s, log_s_over_m)
+    # h of the table less 1 - beta: a constant drops out of the gradient.
+    h = log_s_over_m.sub_(torch.expm1(log_s_over_m, out=d.log_t).mul_(1.0 - beta))
+    torch.mul(h.sub_(torch.linalg.vecdot(d.s, h).unsqueeze(-1)), d.s, out=d.s)
+    return value
+
+
+# Each returns D (rows,) and leaves tau * dD/dz in `s`; it may overwrite all other (rows, V) tensors.
+_Divergence = Callable[[Rows, float], torch.Tensor]
 
 DIVERGENCES: dict[str, _Divergence] = {
     "reverse_kl": _reverse_kl,
@@ -204,21 +243,84 @@ class DivergenceSpec:
     beta: float = 1.0
     temperature: float = 1.0
 
-    def resolve(self) -> _Divergence:
-        """The function to evaluate, with the documented ends of beta."""
+    def resolve(self) -> str:
+        """The key of the function to evaluate, with the documented ends of beta."""
         ends = {("gkd", 0.0): "forward_kl", ("gkd", 1.0): "reverse_kl", ("skew_reverse_kl", 1.0): "reverse_kl"}
-        return DIVERGENCES[ends.get((self.distillation_type, float(self.beta)), self.distillation_type)]
+        return ends.get((self.distillation_type, float(self.beta)), self.distillation_type)
 
 
-def _statistics(d: _Distributions) -> tuple[torch.Tensor, ...]:
-    """reverse_kl, forward_kl, student_entropy, teacher_entropy, top1_agreement of one chunk, each (chunk,)."""
-    return (
-        (d.s * _log_ratio(d.s, d.log_s, d.log_t)).sum(-1),
-        (d.t * _log_ratio(d.t, d.log_t, d.log_s)).sum(-1),
-        -(d.s * d.log_s.masked_fill(d.s == 0, 0.0)).sum(-1),
-        -(d.t * d.log_t.masked_fill(d.t == 0, 0.0)).sum(-1),
-        (d.log_s.argmax(-1) == d.log_t.argmax(-1)).to(d.s.dtype),
-    )
+def chunks(num_tokens: int, vocab: int, elements: int) -> Iterator[slice]:
+    """Slices of nearly equal length that cover `num_tokens` rows of `vocab`, none of more than `elements` if it can."""
+    most = max(1, elements // max(vocab, 1))
+    step = math.ceil(num_tokens / math.ceil(num_tokens / most)) if num_tokens else 1
+    return (slice(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step))
+
+
+def cache_blocks(logits: torch.Tensor) -> list[slice]:
+    """Slices of rows that stay in a processor's cache; all rows at once on devices that stream from memory."""
+    elements = CACHED_BLOCK_ELEMENTS if logits.device.type == "cpu" else logits.numel()
+    return list(chunks(len(logits), logits.shape[-1], elements))
+
+
+def tempered_log_softmax(logits: torch.Tensor, temperature: float, out: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits / temperature) in `out`; overwrites `logits` where the temperature is not one."""
+    if temperature != 1.0:
+        # The maximum goes first: a common offset must not cost the quotient its digits.
+        logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
+    return torch.log_softmax(logits, dim=-1, out=out)
+
+
+def log_zero_(log_p: torch.Tensor) -> torch.Tensor:
+    """LOG_ZERO in place of -inf."""
+    return log_p.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=LOG_ZERO)
+
+
+def _block_(student, teacher, spec, student_temperature, scratch) -> torch.Tensor:
+    """`divergence_rows_` without weights, of rows that stay in the cache; leaves tau * dD/dz in `student`."""
+    log_s, log_t, ratio = (buffer[: len(student)] for buffer in scratch)
+    best = student.argmax(-1, keepdim=True)
+    is_agreed = teacher.gather(-1, best).squeeze(-1) == teacher.amax(-1)
+    s = torch.exp(tempered_log_softmax(student, student_temperature, out=log_s), out=student)
+    t = torch.exp(tempered_log_softmax(teacher, spec.temperature, out=log_t), out=teacher)
+    torch.sub(log_zero_(log_s), log_zero_(log_t), out=ratio)
+    dot = torch.linalg.vecdot
+    entropies = -dot(s, log_s), -dot(t, log_t)
+    d = Rows(s, log_s, t, log_t, ratio, reverse_kl=dot(s, ratio), forward_kl=-dot(t, ratio))
+    value = DIVERGENCES[spec.resolve()](d, spec.beta)
+    return torch.stack((value, d.reverse_kl, d.forward_kl, *entropies, is_agreed.to(value.dtype)))
+
+
+def divergence_rows_(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    spec: DivergenceSpec,
+    student_temperature: float,
+    weights: torch.Tensor,
+    gradient: torch.Tensor,
+) -> torch.Tensor:
+    """Divergence, statistics and gradient of a chunk of logits. Overwrites both sides.
+
+    Args:
+        student, teacher: logits (rows, V), both float32 or both float64.
+        spec: which divergence; its temperature is the teacher's.
+        student_temperature: what divides the student's logits.
+        weights: (rows,), factors of the rows' gradients.
+        gradient: (rows, V), any float dtype, gets weights * dD/d(student logits); `student` itself will do.
+
+    Returns:
+        (fields of `TokenDivergence`, rows), in nats.
+    """
+    blocks = cache_blocks(student)
+    scratch = student.new_empty((3, blocks[0].stop if blocks else 0, student.shape[-1]))
+    results = student.new_empty((len(TokenDivergence._fields), len(student)))
+    factors = (weights / student_temperature).to(student.dtype).unsqueeze(-1)
+    for block in blocks:
+        with torch.autocast(student.device.type, enabled=False):  # it would take the sums over V in bfloat16
+            results[:, block] = _block_(student[block], teacher[block], spec, student_temperature, scratch)
+        torch.mul(student[block], factors[block], out=student[block])
+        if gradient is not student:
+            gradient[block] = student[block]
+    return results
 
 
 def _gradient_dtype(logits: torch.Tensor) -> torch.dtype:
@@ -241,16 +343,12 @@ class _TokenDivergence(torch.autograd.Function):
         num_tokens, vocab = len(student_index), logits.shape[-1]
         gradients = logits.new_empty((num_tokens if needs_gradient else 0, vocab), dtype=_gradient_dtype(logits))
         results = torch.empty((len(TokenDivergence._fields), num_tokens), dtype=dtype, device=logits.device)
-        divergence = spec.resolve()
-        step = max(1, CHUNK_ELEMENTS // max(vocab, 1))
-        for start in range(0, num_tokens, step):
-            chunk = slice(start, start + step)
-            student = _probabilities(logits[student_index[chunk]], student_temperature, dtype)
-            d = _Distributions(*student, *_probabilities(teacher.rows(teacher_index[chunk]), spec.temperature, dtype))
-            value, gradient = divergence(d, spec.beta)
-            results[:, chunk] = torch.stack((value, *_statistics(d)))
-            if needs_gradient:
-                gradients[chunk] = gradient.div_(student_temperature)
+        for chunk in chunks(num_tokens, vocab, CHUNK_ELEMENTS):
+            student = logits[student_index[chunk]].to(dtype)
+            ones = student.new_ones(len(student))
+            gradient = gradients[chunk] if needs_gradient else student
+            teacher_rows = teacher.rows(teacher_index[chunk]).to(dtype)
+            results[:, chunk] = divergence_rows_(student, teacher_rows, spec, student_temperature, ones, gradient)
         ctx.save_for_backward(student_index, gradients)
         ctx.logits_shape, ctx.logits_dtype = logits.shape, logits.dtype
         ctx.mark_non_differentiable(*(columns := results.unbind())[1:])
