@@ -90,6 +90,7 @@ def full_gradients(module):
 
 def run_case(overrides, batch, rank, world_size):
     config = compose_config(overrides)
+    torch.manual_seed(0)  # adapters start at random
     actor = ActorRolloutRefWorker(
         config=config.actor_rollout_ref, role="actor", distillation_config=None, teacher_config=config.teacher
     )
@@ -111,7 +112,7 @@ def run_case(overrides, batch, rank, world_size):
         max_token_len_per_gpu=config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu,
         use_remove_padding=config.actor_rollout_ref.model.use_remove_padding,
         use_fused_kernels=False,
-        **({"calculate_entropy": False} | hooks.update_flags()),
+        **({"calculate_entropy": config.actor_rollout_ref.actor.entropy_coeff != 0} | hooks.update_flags()),
     )
     engine = actor.actor.engine
     with engine.train_mode(zero_grad_on_exit=False):

@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 import torch
 from arithmetic import tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 PURE = "actor_rollout_ref.actor.policy_loss.loss_mode=on_policy_distillation"
 HYBRID = "actor_rollout_ref.actor.policy_loss.loss_mode=hybrid_rl_distillation"
@@ -42,6 +42,19 @@ def sharpened(path, **kwargs):
     model = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20.0)
+    model.save_pretrained(path)
+    return str(path)
+
+
+def biased(path, seed):
+    """An untrained checkpoint whose output layer has a bias that matters."""
+    tiny_model(path)  # the tokenizer
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = PhiForCausalLM(PhiConfig(vocab_size=258, max_position_embeddings=128, **sizes))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20.0)
+        model.lm_head.bias.normal_()
     model.save_pretrained(path)
     return str(path)
 
@@ -61,8 +74,12 @@ def make_batch(seed=0):
     return rows
 
 
+DENSE = f"{LOSS}.distillation_head=dense"
 CASES = {
     "reverse_kl": (PURE, f"{MICRO}=4"),
+    "dense": (PURE, f"{MICRO}=4", DENSE),
+    "dense_packed": (PURE, f"{MICRO}=4", DENSE, "actor_rollout_ref.model.use_remove_padding=True"),
+    "dense_hybrid": (HYBRID, f"{MICRO}=4", DENSE, f"{LOSS}.hybrid_lambda_rl=0.7", f"{LOSS}.hybrid_lambda_distill=0.3"),
     "micro_batch_1": (PURE, f"{MICRO}=1"),
     "dynamic": (
         PURE,
@@ -88,12 +105,37 @@ CASES = {
     "gradient_checkpointing": (PURE, f"{MICRO}=4", "actor_rollout_ref.model.enable_gradient_checkpointing=True"),
     "bf16_payload": (PURE, f"{MICRO}=4", "teacher.payload_dtype=bfloat16"),
     "hybrid": (HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_rl=0.7", f"{LOSS}.hybrid_lambda_distill=0.3"),
-    "hybrid_only_rl": (HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_distill=0"),
-    "hybrid_only_distill": (HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_rl=0"),
+    "hybrid_packed": (
+        HYBRID,
+        f"{MICRO}=2",
+        f"{LOSS}.hybrid_lambda_rl=0.7",
+        f"{LOSS}.hybrid_lambda_distill=0.3",
+        "actor_rollout_ref.model.use_remove_padding=True",
+    ),
+    "hybrid_entropy": (
+        HYBRID,
+        f"{MICRO}=4",
+        "actor_rollout_ref.actor.entropy_coeff=0.1",
+        "actor_rollout_ref.rollout.temperature=0.6",
+        f"{LOSS}.distillation_temperature=1.7",
+    ),
+    "dense_hybrid_entropy": (
+        HYBRID,
+        f"{MICRO}=4",
+        DENSE,
+        "actor_rollout_ref.actor.entropy_coeff=0.1",
+        "actor_rollout_ref.rollout.temperature=0.6",
+        f"{LOSS}.distillation_temperature=1.7",
+    ),
+    "hybrid_only_rl": (HYBRID, f"{MICRO}=4", DENSE, f"{LOSS}.hybrid_lambda_distill=0"),
+    "hybrid_only_distill": (HYBRID, f"{MICRO}=4", DENSE, f"{LOSS}.hybrid_lambda_rl=0"),
     "vanilla": (f"{LOSS}.loss_mode=vanilla", f"{MICRO}=4"),
 }
 TIED = {"tied": (PURE, f"{MICRO}=4")}
-PADDED = {"padded_teacher": (PURE, f"{MICRO}=4")}
+LORA = ("actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora_alpha=8")
+LORA_CASES = {"lora": (PURE, f"{MICRO}=4", *LORA), "dense_lora": (PURE, f"{MICRO}=4", DENSE, *LORA)}
+BIAS = {"bias": (PURE, f"{MICRO}=4"), "dense_bias": (PURE, f"{MICRO}=4", DENSE)}
+PADDED = {"padded_teacher": (PURE, f"{MICRO}=4"), "dense_padded_teacher": (PURE, f"{MICRO}=4", DENSE)}
 
 
 def free_port():
@@ -138,6 +180,8 @@ def checkpoints(tmp_path_factory):
         "teacher": sharpened(folder / "teacher", hidden=64, layers=1, seed=2),
         "tied_student": sharpened(folder / "tied_student", hidden=32, layers=1, tied=True, seed=3),
         "tied_teacher": sharpened(folder / "tied_teacher", hidden=64, layers=1, tied=True, seed=4),
+        "biased_student": biased(folder / "biased_student", seed=6),
+        "biased_teacher": biased(folder / "biased_teacher", seed=7),
         "padded_teacher": sharpened(folder / "padded_teacher", hidden=64, layers=1, vocab_size=320, seed=5),
     }
 
@@ -158,6 +202,8 @@ def one_rank(checkpoints, batch, tmp_path_factory):
         with_models(CASES, checkpoints["student"], checkpoints["teacher"])
         | with_models(TIED, checkpoints["tied_student"], checkpoints["tied_teacher"])
         | with_models(PADDED, checkpoints["student"], checkpoints["padded_teacher"])
+        | with_models(LORA_CASES, checkpoints["student"], checkpoints["teacher"])
+        | with_models(BIAS, checkpoints["biased_student"], checkpoints["biased_teacher"])
     )
     return run_workers(tmp_path_factory.mktemp("one_rank"), "one", cases, batch, world_size=1)
 
@@ -225,6 +271,8 @@ def assert_same_gradients(got, expected, tolerance):
 
 REFERENCES = {
     "reverse_kl": {},
+    "dense": {},
+    "dense_packed": {},
     "gkd_tempered": {"kind": "gkd", "beta": 0.3, "temperature": 1.7},
     "forward_kl_seq_mean": {"kind": "forward_kl", "reduce": "seq-mean-token-mean"},
     "logits_payload": {},
@@ -286,6 +334,40 @@ def test_metrics_are_means_over_the_global_batch(one_rank, two_ranks, checkpoint
         assert result["metrics"]["distillation/forward_kl"] == pytest.approx(forward, rel=1e-5)
 
 
+def test_an_output_layer_with_a_bias(one_rank, checkpoints, batch):
+    loss, gradients = direct(checkpoints["biased_student"], checkpoints["biased_teacher"], batch)
+    assert one_rank["bias"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert gradients["lm_head.bias"].abs().max() > 0.0
+    assert_same_gradients(one_rank["bias"]["gradients"], gradients, tolerance=1e-5)
+
+
+def test_an_adapted_student_has_gradients_at_its_adapters_only(one_rank):
+    names = one_rank["lora"]["gradients"].keys()
+    assert names and all("lora_" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("fused", "dense"),
+    [
+        ("reverse_kl", "dense"),
+        ("hybrid", "dense_hybrid"),
+        ("hybrid_packed", "dense_hybrid"),
+        ("hybrid_entropy", "dense_hybrid_entropy"),
+        ("padded_teacher", "dense_padded_teacher"),
+        ("lora", "dense_lora"),
+        ("bias", "dense_bias"),
+    ],
+)
+def test_a_fused_head_gives_the_dense_heads_loss_metrics_and_gradients(fused, dense, one_rank):
+    fused, dense = one_rank[fused], one_rank[dense]
+    assert fused["loss"] == pytest.approx(dense["loss"], rel=1e-5)
+    assert fused["metrics"].keys() == dense["metrics"].keys()
+    for name in ("kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement", "loss"):
+        name = f"distillation/{name}"
+        assert fused["metrics"][name] == pytest.approx(dense["metrics"][name], rel=1e-5), name
+    assert_same_gradients(fused["gradients"], dense["gradients"], tolerance=1e-5)
+
+
 def test_hybrid_without_distillation_is_vanilla_exactly(one_rank):
     hybrid, vanilla = one_rank["hybrid_only_rl"], one_rank["vanilla"]
     assert hybrid["loss"] == vanilla["loss"]
@@ -294,7 +376,7 @@ def test_hybrid_without_distillation_is_vanilla_exactly(one_rank):
 
 
 def test_hybrid_without_rl_is_the_pure_loss(one_rank):
-    hybrid, pure = one_rank["hybrid_only_distill"], one_rank["reverse_kl"]
+    hybrid, pure = one_rank["hybrid_only_distill"], one_rank["dense"]
     assert hybrid["loss"] == pure["loss"]
     for name, gradient in pure["gradients"].items():
         assert torch.equal(hybrid["gradients"][name], gradient), name

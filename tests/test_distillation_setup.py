@@ -118,6 +118,7 @@ MISTAKES = {
     "beta": ([PURE, f"{ACTOR}.policy_loss.distillation_beta=1.5"], r"distillation_beta=1.5 is outside \[0, 1\]"),
     "temperature": ([PURE, f"{ACTOR}.policy_loss.distillation_temperature=0"], "distillation_temperature=0.*positive"),
     "weight": ([HYBRID, f"{ACTOR}.policy_loss.hybrid_lambda_rl=-1"], "hybrid_lambda_rl=-1.*negative"),
+    "head": ([PURE, f"{ACTOR}.policy_loss.distillation_head=sparse"], "distillation_head='sparse'.*'fused', 'dense'"),
     "RL term": ([HYBRID, f"{ACTOR}.policy_loss.hybrid_rl_loss_mode=ppo"], "hybrid_rl_loss_mode='ppo'.*choose one of"),
     "a loss of zero": (
         [PURE, f"{ACTOR}.policy_loss.distillation_type=skew_reverse_kl", f"{ACTOR}.policy_loss.distillation_beta=0"],
@@ -176,6 +177,27 @@ def test_a_head_that_is_more_than_a_matrix_needs_the_logits_payload(models, tmp_
     with pytest.raises(ValueError, match="final_logit_softcapping=30.0.*Set teacher.payload=logits"):
         validate_distillation(make_config(*overrides))
     validate_distillation(make_config(*overrides, "teacher.payload=logits"))
+
+
+def test_a_student_head_that_is_more_than_a_matrix_needs_the_dense_head(models, tmp_path):
+    student = tiny_model(tmp_path / "capped")
+    edit_config(tmp_path / "capped", final_logit_softcapping=30.0)
+    overrides = (PURE, *models, f"actor_rollout_ref.model.path={student}")
+    with pytest.raises(ValueError, match="final_logit_softcapping=30.0.*policy_loss.distillation_head=dense"):
+        validate_distillation(make_config(*overrides))
+    validate_distillation(make_config(*overrides, f"{ACTOR}.policy_loss.distillation_head=dense"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [f"{ACTOR}.calculate_sum_pi_squared=True", "actor_rollout_ref.model.target_modules=[q_proj,lm_head]"],
+)
+def test_what_needs_logits_or_changes_the_head_needs_the_dense_head(override, models):
+    overrides = (PURE, *models, override, "actor_rollout_ref.model.lora_rank=4")
+    key = override.split("=")[0].rsplit(".")[-1]
+    with pytest.raises(ValueError, match=f"{key}=.*policy_loss.distillation_head=dense"):
+        validate_distillation(make_config(*overrides))
+    validate_distillation(make_config(*overrides, f"{ACTOR}.policy_loss.distillation_head=dense"))
 
 
 def test_output_projection_is_the_model_s(tmp_path):

@@ -38,6 +38,8 @@ WHEEL_MODULES = {
     "verl/plugin/on_policy_distillation.py",
     "verl/trainer/ppo/on_policy_distillation.py",
     "verl/utils/divergence.py",
+    "verl/utils/kernel/divergence_rows.py",
+    "verl/utils/kernel/linear_divergence.py",
 }
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")

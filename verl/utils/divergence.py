@@ -92,6 +92,9 @@ class LogitSource(Protocol):
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Logits (len(index), V) of the tokens `index` (int64), any float dtype; new memory, the caller's to change."""
 
+    def cut(self, vocab: int) -> "LogitSource":
+        """The first `vocab` entries of the vocabulary, not copied."""
+
 
 @dataclass(frozen=True)
 class DenseLogits:
@@ -107,7 +110,6 @@ class DenseLogits:
         return self.values[index]
 
     def cut(self, vocab: int) -> "DenseLogits":
-        """The first `vocab` entries of the vocabulary, not copied."""
         return DenseLogits(self.values[:, :vocab])
 
 
@@ -127,7 +129,6 @@ class LinearLogits:
         return project(self.hidden[index], self.weight, self.bias)
 
     def cut(self, vocab: int) -> "LinearLogits":
-        """The first `vocab` entries of the vocabulary, not copied."""
         return LinearLogits(self.hidden, self.weight[:vocab], None if self.bias is None else self.bias[:vocab])
 
 

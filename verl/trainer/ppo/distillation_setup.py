@@ -155,7 +155,12 @@ def _check_teacher(config: DictConfig, path: Optional[str]) -> None:
     teacher = _load_config("teacher.model.path", path, config.teacher.model)
     _check_tokenizers(config, student, teacher)
     if payload == "hidden_states":
-        _check_head(path, teacher)
+        _check_linear_head("teacher.model.path", path, teacher, "teacher.payload=logits")
+        local = _local_path(path)
+        if os.path.isdir(local):
+            find_output_projection(local, tied=bool(teacher.get_text_config().tie_word_embeddings))
+    if config.actor_rollout_ref.actor.policy_loss.distillation_head == "fused":
+        _check_fused_head(config, student)
 
 
 def _check_dtype(key: str, name: Any) -> None:
@@ -214,15 +219,30 @@ def _check_tokenizers(config: DictConfig, student: Any, teacher: Any) -> None:
             )
 
 
-def _check_head(path: str, teacher: Any) -> None:
-    text = teacher.get_text_config()
+def _check_linear_head(key: str, path: str, model: Any, fallback: str) -> None:
+    text = model.get_text_config()
     for name in _HEAD_TRANSFORMS:
         value = getattr(text, name, None)
         if value is not None and value != 1.0:
             raise ValueError(
-                f"teacher.model.path={path} has {name}={value}: its head does more than a matrix product, which "
-                "teacher.payload=hidden_states cannot reproduce. Set teacher.payload=logits."
+                f"{key}={path} has {name}={value}: its head does more than a matrix product, which hidden states "
+                f"cannot reproduce. Set {fallback}."
             )
-    local = _local_path(path)
-    if os.path.isdir(local):
-        find_output_projection(local, tied=bool(text.tie_word_embeddings))
+
+
+def _check_fused_head(config: DictConfig, student: Any) -> None:
+    """What a head that never makes logits cannot serve, besides a head that is not linear."""
+    dense = "actor_rollout_ref.actor.policy_loss.distillation_head=dense"
+    path, model = config.actor_rollout_ref.model.path, config.actor_rollout_ref.model
+    _check_linear_head("actor_rollout_ref.model.path", path, student, dense)
+    if OmegaConf.select(config, "actor_rollout_ref.actor.calculate_sum_pi_squared"):
+        raise ValueError(
+            f"actor_rollout_ref.actor.calculate_sum_pi_squared=True needs the student's logits: set it to False, or "
+            f"set {dense}."
+        )
+    targets = model.get("target_modules", None)
+    if model.get("lora_rank", 0) and targets and "lm_head" in targets:
+        raise ValueError(
+            f"actor_rollout_ref.model.target_modules={targets} adapts lm_head, which then is no plain matrix product: "
+            f"leave lm_head out, or set {dense}."
+        )

@@ -50,15 +50,21 @@ __all__ = [
     "PURE",
     "DistillationLossConfig",
     "DistillationLossOutput",
+    "HEADS",
+    "HeadDivergence",
     "StudentLogits",
     "TeacherLogits",
     "compute_hybrid_rl_distillation_loss",
     "compute_on_policy_distillation_loss",
     "is_distillation_loss",
+    "token_weights",
 ]
 
 PURE = "on_policy_distillation"
 HYBRID = "hybrid_rl_distillation"
+
+# How a trainer gets the divergence: in the student's head from hidden states, or from the logits of a dense head.
+HEADS = ("fused", "dense")
 
 
 def is_distillation_loss(loss_mode: str) -> bool:
@@ -81,6 +87,8 @@ class DistillationLossConfig:
         hybrid_lambda_rl: weight of the RL term in the hybrid loss, not negative.
         hybrid_lambda_distill: weight of the divergence in the hybrid loss, not negative.
         hybrid_rl_loss_mode: the registered policy loss that is the RL term of the hybrid loss.
+        distillation_head: read by VERL's trainer only. "fused": the student's head turns hidden states into
+            divergences and never holds the logits; "dense": it makes the logits, and the loss compares them.
     """
 
     distillation_type: str = "reverse_kl"
@@ -89,6 +97,7 @@ class DistillationLossConfig:
     hybrid_lambda_rl: float = 1.0
     hybrid_lambda_distill: float = 1.0
     hybrid_rl_loss_mode: str = "vanilla"
+    distillation_head: str = "fused"
 
     def __post_init__(self):
         if self.distillation_type not in list(DIVERGENCES):  # a list, as what was given may not be hashable
@@ -119,6 +128,8 @@ class DistillationLossConfig:
             raise ValueError(
                 f"hybrid_rl_loss_mode={self.hybrid_rl_loss_mode!r} is no registered RL loss: choose one of {choices}."
             )
+        if self.distillation_head not in list(HEADS):
+            raise ValueError(f"distillation_head={self.distillation_head!r}: choose one of {list(HEADS)}.")
 
     @classmethod
     def from_config(cls, config: Any) -> "DistillationLossConfig":
@@ -228,6 +239,19 @@ class TeacherLogits:
         return *self.row.shape, self.source.shape[-1]
 
 
+@dataclass(frozen=True)
+class HeadDivergence:
+    """What the student's head has computed already, passed as ``student_logits`` by a trainer that has no logits.
+
+    Args:
+        tokens: of the response tokens, in the order of ``response_mask``'s nonzero entries.
+        loss: sum_i w_i D_i with its graph, where w_i are the `token_weights`; None where `tokens.divergence` has one.
+    """
+
+    tokens: TokenDivergence
+    loss: Optional[torch.Tensor] = None
+
+
 class DistillationLossOutput(tuple):
     """``(loss, pg_clipfrac, kl, pg_clipfrac_lower)``, all scalar tensors, with a dict of floats at ``.metrics``.
 
@@ -311,6 +335,8 @@ def _response_divergence(
     student_logits: Any, teacher_logits: Any, response_mask: torch.Tensor, spec: DivergenceSpec
 ) -> tuple[TokenDivergence, torch.Tensor]:
     """Divergence of the n masked-in tokens, and the (batch, tokens) bool mask they come from."""
+    if isinstance(student_logits, HeadDivergence):
+        return student_logits.tokens, response_mask != 0
     for name, logits, origin in (
         ("teacher_logits", teacher_logits, "the teacher's logits on the student's sequences"),
         ("student_logits", student_logits, "the student's logits, with their graph"),
@@ -340,6 +366,38 @@ def _aggregate(divergence: torch.Tensor, mask: torch.Tensor, loss_agg_mode: str,
         return divergence.sum()
     grid = divergence.new_zeros(mask.shape).masked_scatter(mask, divergence)
     return agg_loss(loss_mat=grid, loss_mask=mask, loss_agg_mode=loss_agg_mode, **_global_batch_info(config))
+
+
+def token_weights(response_mask: torch.Tensor, loss_agg_mode: str, config: Any) -> torch.Tensor:
+    """What `loss_agg_mode` multiplies each response token's divergence by, before any is known.
+
+    VERL's `agg_loss` is linear in the tokens' losses, so its gradient is their weights.
+
+    Args:
+        response_mask: (batch, tokens); nonzero marks the n response tokens.
+        loss_agg_mode, config: as the losses take them.
+
+    Returns:
+        (n,) float32, in the order of the mask's nonzero entries.
+    """
+    mask = response_mask != 0
+    with torch.enable_grad():
+        divergence = torch.ones(int(mask.sum()), device=mask.device, requires_grad=True)
+        return torch.autograd.grad(_aggregate(divergence, mask, loss_agg_mode, config), divergence)[0]
+
+
+def _distillation_loss(
+    student_logits: Any, tokens: TokenDivergence, mask: torch.Tensor, loss_agg_mode: str, config: Any
+) -> torch.Tensor:
+    aggregated = _aggregate(tokens.divergence, mask, loss_agg_mode, config)
+    if not isinstance(student_logits, HeadDivergence) or student_logits.loss is None:
+        return aggregated
+    if not torch.allclose(student_logits.loss, aggregated, rtol=1e-3, atol=1e-5):
+        raise ValueError(
+            f"the head's loss is {student_logits.loss.item()}, loss_agg_mode={loss_agg_mode} of its tokens is "
+            f"{aggregated.item()}: this mode is not a weighted sum over tokens; set distillation_head=dense."
+        )
+    return student_logits.loss
 
 
 def _distillation_metrics(tokens: TokenDivergence, loss: torch.Tensor) -> dict[str, float]:
@@ -374,7 +432,8 @@ def compute_on_policy_distillation_loss(
         config: None, a flat mapping, a DictConfig or VERL's ActorConfig; see `DistillationLossConfig`.
         teacher_logits: (batch, tokens, vocab), float32, bfloat16 or float16, or an object with such ``.logits``;
             position t holds the logits that predict response token t. Never receives a gradient.
-        student_logits: like `teacher_logits`; carries the gradient.
+        student_logits: like `teacher_logits`; carries the gradient. Trainers without (batch, tokens, vocab) tensors
+            pass `StudentLogits` and `TeacherLogits`, or a `HeadDivergence` and no teacher_logits.
 
     Returns:
         (loss, pg_clipfrac = 0, kl, pg_clipfrac_lower = 0), scalars in nats, and ``.metrics``. With no response token
@@ -385,7 +444,7 @@ def compute_on_policy_distillation_loss(
     """
     settings = DistillationLossConfig.from_config(config)
     tokens, mask = _response_divergence(student_logits, teacher_logits, response_mask, settings.divergence)
-    loss = _aggregate(tokens.divergence, mask, loss_agg_mode, config)
+    loss = _distillation_loss(student_logits, tokens, mask, loss_agg_mode, config)
     metrics = _distillation_metrics(tokens, loss)
     zero = loss.new_zeros(())
     return DistillationLossOutput(loss, zero, loss.new_tensor(metrics["distillation/kl"]), zero, metrics=metrics)
@@ -424,7 +483,7 @@ def compute_hybrid_rl_distillation_loss(
     tokens, mask = _response_divergence(student_logits, teacher_logits, response_mask, settings.divergence)
     for name, value in (("old_log_prob", old_log_prob), ("log_prob", log_prob), ("advantages", advantages)):
         _require_rl_input(name, value, response_mask)
-    distill_loss = _aggregate(tokens.divergence, mask, loss_agg_mode, config)
+    distill_loss = _distillation_loss(student_logits, tokens, mask, loss_agg_mode, config)
     if not mask.any():  # VERL's losses are means over response tokens: NaN when there are none
         return DistillationLossOutput(
             distill_loss, *(distill_loss.new_zeros(()),) * 3, metrics=_distillation_metrics(tokens, distill_loss)

@@ -154,6 +154,11 @@ def _token_chunks(head: LinearLogits) -> Iterator[slice]:
     return chunks(*head.shape, divergence_module.CHUNK_ELEMENTS)
 
 
+def _exact(head: LinearLogits) -> torch.autocast:
+    """A training engine runs the model inside autocast, which would take float32 sums in 16 bits."""
+    return torch.autocast(head.hidden.device.type, enabled=False)
+
+
 class _LinearDivergence(torch.autograd.Function):
     """Loss, per-token results and gradients in one pass; the backward scales the gradients."""
 
@@ -204,8 +209,7 @@ class _Policy(NamedTuple):
     @classmethod
     def of(cls, logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> "_Policy":
         log_p = log_zero_(tempered_log_softmax(logits.clone(), temperature, out=torch.empty_like(logits)))
-        with torch.autocast(logits.device.type, enabled=False):
-            entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
+        entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
         return cls(log_p, log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropy)
 
     def gradient(self, labels, temperature, grad_log_prob, grad_entropy) -> torch.Tensor:
@@ -248,18 +252,19 @@ class _LinearTokenDivergence(torch.autograd.Function):
         *tensors, labels = ctx.saved_tensors
         head, target, temperature = LinearLogits(*tensors), ctx.target, ctx.log_prob_temperature
         gradients = _HeadGradients(head, ctx.needs_input_grad[:3])
-        for chunk in _token_chunks(head):
-            student = head.rows(chunk)
-            teacher = target.logits(chunk, like=student)
-            for rows, tokens in _blocks(chunk, student):
-                policy = _Policy.of(student[rows], labels[tokens], temperature)
-                gradient = policy.gradient(labels[tokens], temperature, grad_log_prob[tokens], grad_entropy[tokens])
-                shared = student[rows, : target.vocab]
-                target.rows_(shared, teacher[rows], grad_divergence[tokens], shared)
-                gradient[:, : target.vocab] += shared
-                student[rows] = gradient
-            del teacher
-            gradients.add(chunk, student.to(head.weight.dtype))
+        with _exact(head):
+            for chunk in _token_chunks(head):
+                student = head.rows(chunk)
+                teacher = target.logits(chunk, like=student)
+                for rows, tokens in _blocks(chunk, student):
+                    policy = _Policy.of(student[rows], labels[tokens], temperature)
+                    gradient = policy.gradient(labels[tokens], temperature, grad_log_prob[tokens], grad_entropy[tokens])
+                    shared = student[rows, : target.vocab]
+                    target.rows_(shared, teacher[rows], grad_divergence[tokens], shared)
+                    gradient[:, : target.vocab] += shared
+                    student[rows] = gradient
+                del teacher
+                gradients.add(chunk, student.to(head.weight.dtype))
         return (*gradients.scaled(grad_log_prob.new_ones(())), None, None, None)
 
 
@@ -271,7 +276,8 @@ def divergence_of_head(
 ) -> LinearDivergence:
     """`linear_divergence` for any source of the teacher's logits, which covers no more than the head's vocabulary."""
     target = _Target(teacher, spec, spec.temperature)
-    loss, results = _LinearDivergence.apply(head.hidden, head.weight, head.bias, target, token_weights)
+    with _exact(head):
+        loss, results = _LinearDivergence.apply(head.hidden, head.weight, head.bias, target, token_weights)
     tokens = TokenDivergence(*results.unbind())
     return LinearDivergence(loss, tokens.divergence, tokens)
 
@@ -285,9 +291,10 @@ def tokens_of_head(
 ) -> PolicyTokens:
     """`linear_token_divergence` for any source of the teacher's logits, as in `divergence_of_head`."""
     target = _Target(teacher, spec, spec.temperature)
-    log_prob, entropy, *columns = _LinearTokenDivergence.apply(
-        head.hidden, head.weight, head.bias, target, labels, log_prob_temperature
-    )
+    with _exact(head):
+        log_prob, entropy, *columns = _LinearTokenDivergence.apply(
+            head.hidden, head.weight, head.bias, target, labels, log_prob_temperature
+        )
     return PolicyTokens(log_prob, entropy, TokenDivergence(*columns))
 
 

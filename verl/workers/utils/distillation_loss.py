@@ -13,9 +13,12 @@
 # limitations under the License.
 """What a training engine calls for the two distillation losses: carries its tensors to the registered policy loss.
 
-The engine calls its loss function twice per micro-batch. First, inside the forward, with the student's logits (the hook
-that VERL's own top-k distillation uses); then with everything else. The registered loss needs both, so the first call
-keeps the logits until the second, which follows at once.
+With ``distillation_head=fused`` the engine asks for a task before the forward, and the student's head carries it out;
+the loss call that follows the forward finds the divergences computed.
+
+With ``distillation_head=dense`` the engine calls its loss function twice per micro-batch. First, inside the forward,
+with the student's logits (the hook that VERL's own top-k distillation uses); then with everything else. The registered
+loss needs both, so the first call keeps the logits until the second, which follows at once.
 """
 
 from typing import Any, Optional
@@ -24,16 +27,25 @@ import torch
 from tensordict import TensorDict
 
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
-from verl.trainer.ppo.on_policy_distillation import PURE, StudentLogits, TeacherLogits
+from verl.trainer.ppo.on_policy_distillation import (
+    PURE,
+    DistillationLossConfig,
+    HeadDivergence,
+    StudentLogits,
+    TeacherLogits,
+    token_weights,
+)
+from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
-from verl.utils.divergence import DenseLogits, LinearLogits, LogitSource
+from verl.utils.divergence import DenseLogits, DivergenceSpec, LinearLogits, LogitSource, TokenDivergence
 from verl.utils.metric import AggregationType, Metric
 from verl.utils.output_projection import OutputProjection, checkpoint_folder, find_output_projection
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import ActorConfig
 from verl.workers.config.teacher import TeacherConfig
+from verl.workers.utils.distillation_head import DivergenceTask, HeadTask, PolicyTask
 from verl.workers.utils.losses import ppo_loss
-from verl.workers.utils.response_rows import response_rows
+from verl.workers.utils.response_rows import padded_rows, response_rows
 
 __all__ = ["DistillationActorLoss", "build_distillation_loss"]
 
@@ -62,6 +74,11 @@ class DistillationActorLoss:
         self.config = config
         self.projection = projection
         self._packed_logits: Optional[torch.Tensor] = None
+        self._task: Optional[HeadTask] = None
+
+    @property
+    def is_pure(self) -> bool:
+        return self.config.policy_loss.loss_mode == PURE
 
     def __call__(
         self,
@@ -73,7 +90,8 @@ class DistillationActorLoss:
         """The engine's two calls.
 
         Args:
-            model_output: per-token outputs; the hybrid loss reads ``log_probs`` (and ``entropy``, if computed).
+            model_output: per-token outputs; the hybrid loss reads ``log_probs`` (and ``entropy``, if computed). After
+                a `head_task`, what its `model_output` returned.
             data: the micro-batch, with the nested ``teacher_payload``.
             dp_group: passed on to VERL's PPO loss.
             student_logits: first call only: (1, total tokens, vocab), divided by the sampling temperature.
@@ -84,65 +102,117 @@ class DistillationActorLoss:
         if student_logits is not None:
             self._packed_logits = student_logits.squeeze(0)
             return {}
-        logits, self._packed_logits = self._packed_logits, None
-        policy_loss = _BoundPolicyLoss(self.config, data, *self._response_logits(logits, data))
-        if self.config.policy_loss.loss_mode == PURE:
+        policy_loss = _BoundPolicyLoss(self.config, data, self._compared(model_output, data))
+        if self.is_pure:
             return self._pure(policy_loss, data)
         loss, metrics = ppo_loss(self.config, model_output, data, dp_group, policy_loss_fn=policy_loss)
         return loss, metrics | policy_loss.metrics
 
-    def _pure(self, policy_loss: "_BoundPolicyLoss", data: TensorDict) -> tuple[torch.Tensor, dict[str, Metric]]:
+    def head_task(self, data: TensorDict) -> HeadTask:
+        """What the student's head shall compute for the micro-batch `data`; the loss call for it follows."""
+        packed = response_rows(data)
+        rows = packed
+        if not tu.get_non_tensor_data(data=data, key="use_remove_padding", default=True):
+            rows = padded_rows(packed, data["input_ids"].offsets())
+        self._task = (self._divergence_task if self.is_pure else self._policy_task)(data, rows, packed)
+        return self._task
+
+    def _divergence_task(self, data: TensorDict, rows: torch.Tensor, packed_rows: torch.Tensor) -> DivergenceTask:
+        self._set_global_batch_info(data)
+        is_token = data["response_mask"].values() != 0
+        weights = token_weights(_padded_mask(data), self.config.loss_agg_mode, self.config)
+        teacher = self._teacher_source(data["teacher_payload"].values()[is_token])
+        return DivergenceTask(rows[is_token], teacher, self._spec, weights)
+
+    def _policy_task(self, data: TensorDict, rows: torch.Tensor, packed_rows: torch.Tensor) -> PolicyTask:
+        return PolicyTask(
+            rows=rows,
+            packed_rows=packed_rows,
+            teacher=self._teacher_source(data["teacher_payload"].values()),
+            spec=self._spec,
+            labels=data["responses"].values(),
+            temperature=float(data["temperature"]),
+            calculate_entropy=tu.get_non_tensor_data(data=data, key="calculate_entropy", default=False),
+        )
+
+    @property
+    def _spec(self) -> DivergenceSpec:
+        return DistillationLossConfig.from_config(self.config).divergence
+
+    def _compared(self, model_output: Optional[dict[str, torch.Tensor]], data: TensorDict) -> dict[str, Any]:
+        """The registered loss's ``student_logits`` and ``teacher_logits``."""
+        task, self._task = self._task, None
+        if task is None:
+            logits, self._packed_logits = self._packed_logits, None
+            return self._response_logits(logits, data)
+        if self.is_pure:
+            return {"student_logits": HeadDivergence(task.tokens, loss=model_output["distillation_loss"])}
+        is_token = data["response_mask"].values() != 0  # the policy task covers every response token
+        return {"student_logits": HeadDivergence(TokenDivergence(*(column[is_token] for column in task.tokens)))}
+
+    def _set_global_batch_info(self, data: TensorDict) -> None:
         for key in ("dp_size", "batch_num_tokens", "global_batch_size"):
             self.config.global_batch_info[key] = data[key]
         self.config.global_batch_info["loss_scale_factor"] = self.config.loss_scale_factor
+
+    def _pure(self, policy_loss: "_BoundPolicyLoss", data: TensorDict) -> tuple[torch.Tensor, dict[str, Metric]]:
+        self._set_global_batch_info(data)
         loss, _ = policy_loss(
             old_log_prob=None,
             log_prob=None,
             advantages=None,
-            response_mask=data["response_mask"].to_padded_tensor(0).bool(),
+            response_mask=_padded_mask(data),
             loss_agg_mode=self.config.loss_agg_mode,
             config=self.config,
             rollout_is_weights=None,
         )
         return loss, policy_loss.metrics
 
-    def _response_logits(self, logits: torch.Tensor, data: TensorDict) -> tuple[StudentLogits, TeacherLogits]:
+    def _response_logits(self, logits: torch.Tensor, data: TensorDict) -> dict[str, Any]:
         """Both sides over the (batch, response length) grid of `data`, cut to the vocabulary they share.
 
         Checkpoints of one tokenizer may pad their vocabularies differently (Qwen2.5: 151,936 and 152,064); the entries
         beyond the shorter are padding on both sides.
         """
         payload = data["teacher_payload"]
-        source = self._teacher_source(payload.values(), vocab=logits.shape[-1])
+        source = self._teacher_source(payload.values()).cut(logits.shape[-1])
         student_row = _grid(response_rows(data), payload.offsets())
         teacher_row = _grid(torch.arange(source.shape[0], device=logits.device), payload.offsets())
-        student = StudentLogits(logits[:, : source.shape[-1]], student_row, scale=float(data["temperature"]))
-        return student, TeacherLogits(source, teacher_row)
+        return {
+            "student_logits": StudentLogits(
+                logits[:, : source.shape[-1]], student_row, scale=float(data["temperature"])
+            ),
+            "teacher_logits": TeacherLogits(source, teacher_row),
+        }
 
-    def _teacher_source(self, rows: torch.Tensor, vocab: int) -> LogitSource:
+    def _teacher_source(self, rows: torch.Tensor) -> LogitSource:
         if self.projection is None:
-            return DenseLogits(rows[:, :vocab])
-        weight, bias = self.projection.weight, self.projection.bias
-        return LinearLogits(rows, weight[:vocab], None if bias is None else bias[:vocab])
+            return DenseLogits(rows)
+        return LinearLogits(rows, self.projection.weight, self.projection.bias)
+
+
+def _padded_mask(data: TensorDict) -> torch.Tensor:
+    """(batch, longest response) bool."""
+    return data["response_mask"].to_padded_tensor(0).bool()
 
 
 class _BoundPolicyLoss:
-    """The registered policy loss with one micro-batch's logits bound to it, in the form that VERL's `ppo_loss` calls.
+    """The registered policy loss, bound to what one micro-batch compares, in the form that VERL's `ppo_loss` calls.
 
     This is the one place that adapts the documented 4-tuple to VERL's ``(loss, metrics)``. The distillation metrics
     stay on `self.metrics`: VERL averages a loss's metrics over micro-batches, which is wrong for means over tokens.
     """
 
-    def __init__(self, config: ActorConfig, data: TensorDict, student: StudentLogits, teacher: TeacherLogits):
+    def __init__(self, config: ActorConfig, data: TensorDict, compared: dict[str, Any]):
         self._function = get_policy_loss_fn(config.policy_loss.loss_mode)
-        self._logits = {"student_logits": student, "teacher_logits": teacher}
+        self._compared = compared
         # A sum over micro-batches and a mean over ranks of this share give the mean over the global batch's tokens.
         num_tokens = int((data["response_mask"].values() != 0).sum())
         self._share = num_tokens * data["dp_size"] / max(data["batch_num_tokens"], 1)
         self.metrics: dict[str, Metric] = {}
 
     def __call__(self, **arguments: Any) -> tuple[torch.Tensor, dict[str, float]]:
-        output = self._function(**arguments, **self._logits)
+        output = self._function(**arguments, **self._compared)
         loss, *_ = output
         rl_metrics = dict(output.metrics)
         for name in [name for name in rl_metrics if name.startswith("distillation/")]:

@@ -16,7 +16,7 @@
 import torch
 from tensordict import TensorDict
 
-__all__ = ["response_rows"]
+__all__ = ["padded_rows", "response_rows"]
 
 
 def response_rows(data: TensorDict) -> torch.Tensor:
@@ -37,3 +37,13 @@ def response_rows(data: TensorDict) -> torch.Tensor:
     first = (ends - lengths - 1).repeat_interleave(lengths)
     within = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1].repeat_interleave(lengths)
     return first + within
+
+
+def padded_rows(rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Where packed `rows` (n,) lie in right-padded sequences, flattened: (batch * longest, ...) outputs.
+
+    Args:
+        offsets: (batch + 1,) of the packed sequences.
+    """
+    sequence = torch.searchsorted(offsets, rows, right=True) - 1
+    return sequence * int(offsets.diff().max()) + rows - offsets[sequence]

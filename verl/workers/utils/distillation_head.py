@@ -1,0 +1,141 @@
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The student's output layer, which in an update turns hidden states into divergences instead of logits.
+
+It runs where the model runs its head, inside the model's forward: sharded weights have been gathered for it, and their
+gradients are reduced as those of any other layer.
+"""
+
+from dataclasses import dataclass, field
+from typing import Optional, Protocol
+
+import torch
+
+from verl.utils.divergence import DivergenceSpec, LinearLogits, LogitSource, TokenDivergence
+from verl.utils.kernel.linear_divergence import divergence_of_head, tokens_of_head
+
+__all__ = ["DistillationHead", "DivergenceTask", "HeadTask", "PolicyTask"]
+
+
+class HeadTask(Protocol):
+    """What a head computes for one micro-batch in place of logits."""
+
+    def __call__(self, head: LinearLogits) -> torch.Tensor:
+        """`head.hidden`: (rows, H), all rows of the model's output. Returns (1, tokens, width)."""
+
+    def model_output(self, output: torch.Tensor, offsets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the engine hands to the loss, from the head's output; `offsets` are those of the packed sequences."""
+
+
+class DistillationHead(torch.nn.Linear):
+    """A linear output layer with a `task`. Without one it is the layer it was made from."""
+
+    task: Optional[HeadTask]
+
+    @classmethod
+    def convert(cls, layer: torch.nn.Module) -> "DistillationHead":
+        """Make `layer` a DistillationHead in place: its parameters and their names stay.
+
+        Raises:
+            ValueError: it is not a torch.nn.Linear.
+        """
+        _require_type(layer, torch.nn.Linear)
+        layer.__class__ = cls
+        layer.task = None
+        return layer
+
+    @classmethod
+    def require(cls, layer: torch.nn.Module) -> None:
+        """Raise ValueError if something, such as a LoRA adapter, has taken the place of a converted layer."""
+        _require_type(layer, cls)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.task is None:
+            return super().forward(hidden)
+        return self.task(LinearLogits(hidden.flatten(0, -2), self.weight, self.bias))
+
+
+def _require_type(layer: torch.nn.Module, expected: type) -> None:
+    if type(layer) is not expected:
+        raise ValueError(
+            "actor_rollout_ref.actor.policy_loss.distillation_head=fused needs a plain torch.nn.Linear as the "
+            f"student's output layer, and it is a {type(layer).__name__}: set distillation_head=dense."
+        )
+
+
+@dataclass
+class DivergenceTask:
+    """The pure loss, whose token weights are known before the forward: value and gradients in one pass.
+
+    Args:
+        rows: (n,) int64, the rows of the model's output that predict the tokens of the loss.
+        teacher: logits of the same n tokens.
+        token_weights: (n,), see `verl.trainer.ppo.on_policy_distillation.token_weights`.
+    """
+
+    rows: torch.Tensor
+    teacher: LogitSource
+    spec: DivergenceSpec
+    token_weights: torch.Tensor
+    tokens: Optional[TokenDivergence] = field(default=None, init=False)
+
+    def __call__(self, head: LinearLogits) -> torch.Tensor:
+        selected = LinearLogits(head.hidden[self.rows], head.weight, head.bias)
+        out = divergence_of_head(selected, self.teacher.cut(len(head.weight)), self.spec, self.token_weights)
+        self.tokens = out.metrics
+        return out.loss.view(1, 1, 1)
+
+    def model_output(self, output: torch.Tensor, offsets: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"distillation_loss": output.view(())}
+
+
+@dataclass
+class PolicyTask:
+    """The hybrid loss, whose RL term needs log-probabilities too: per-token results with a gradient of their own.
+
+    Args:
+        rows: (n,) int64, the rows of the model's output that predict the response tokens.
+        packed_rows: (n,) int64, the same places in the packed sequences.
+        teacher: logits of the same n tokens.
+        labels: (n,) int64, those tokens.
+        temperature: the sampling temperature, of `log_probs` and `entropy`.
+        calculate_entropy: whether the loss reads `entropy`.
+    """
+
+    rows: torch.Tensor
+    packed_rows: torch.Tensor
+    teacher: LogitSource
+    spec: DivergenceSpec
+    labels: torch.Tensor
+    temperature: float
+    calculate_entropy: bool
+    tokens: Optional[TokenDivergence] = field(default=None, init=False)
+
+    def __call__(self, head: LinearLogits) -> torch.Tensor:
+        selected = LinearLogits(head.hidden[self.rows], head.weight, head.bias)
+        teacher = self.teacher.cut(len(head.weight))
+        out = tokens_of_head(selected, teacher, self.spec, self.labels, self.temperature)
+        self.tokens = out.tokens
+        return torch.stack((out.log_prob, out.entropy, out.tokens.divergence), dim=-1).unsqueeze(0)
+
+    def model_output(self, output: torch.Tensor, offsets: torch.Tensor) -> dict[str, torch.Tensor]:
+        log_prob, entropy, divergence = output.squeeze(0).unbind(-1)
+        self.tokens = self.tokens._replace(divergence=divergence)
+        outputs = {"log_probs": log_prob} | ({"entropy": entropy} if self.calculate_entropy else {})
+        return {name: self._nested(values, offsets) for name, values in outputs.items()}
+
+    def _nested(self, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """(n,) at their places in the packed sequences, zero at prompt positions, which no loss reads."""
+        packed = values.new_zeros(int(offsets[-1])).index_copy(0, self.packed_rows, values)
+        return torch.nested.nested_tensor_from_jagged(packed, offsets)
