@@ -33,13 +33,15 @@ from verl.trainer.ppo.on_policy_distillation import (
     HYBRID,
     PURE,
     DistillationLossConfig,
+    HeadDivergence,
     StudentLogits,
     TeacherLogits,
     compute_hybrid_rl_distillation_loss,
     compute_on_policy_distillation_loss,
     is_distillation_loss,
+    token_weights,
 )
-from verl.utils.divergence import DenseLogits, LinearLogits
+from verl.utils.divergence import DenseLogits, DivergenceSpec, LinearLogits, token_divergence
 from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
 
 BATCH, TOKENS, VOCAB = 5, 7, 13
@@ -595,6 +597,7 @@ EVERY_SETTING = {
     "hybrid_lambda_rl": 0.5,
     "hybrid_lambda_distill": 3.0,
     "hybrid_rl_loss_mode": "cispo",
+    "distillation_head": "dense",
 }
 
 
@@ -620,6 +623,7 @@ DEFAULTS = {
     "hybrid_lambda_rl": 1.0,
     "hybrid_lambda_distill": 1.0,
     "hybrid_rl_loss_mode": "vanilla",
+    "distillation_head": "fused",
 }
 
 
@@ -999,3 +1003,56 @@ def test_packed_logits_that_do_not_match(student_shape, vocab, words):
 
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__, *sys.argv[1:]]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# divergences that the student's head has computed
+
+
+def computed_by_a_head(config=None, mode="token-mean") -> tuple[HeadDivergence, torch.Tensor]:
+    """What a trainer passes when its head has taken the loss: sum_i w_i D_i, with D from the dense tensors."""
+    inputs = logits()
+    mask = response_mask() != 0
+    rows = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS)[mask]
+    student = inputs["student_logits"]
+    teacher = DenseLogits(inputs["teacher_logits"].flatten(0, 1))
+    tokens = token_divergence(student.flatten(0, 1), rows, teacher, rows, DivergenceSpec())
+    loss = (token_weights(response_mask(), mode, config) * tokens.divergence).sum()
+    return HeadDivergence(tokens._replace(divergence=tokens.divergence.detach()), loss), student
+
+
+@pytest.mark.parametrize("mode", AGG_MODES)
+@pytest.mark.parametrize("info", [{}, {"dp_size": 2, "batch_num_tokens": 40, "global_batch_size": 10}])
+def test_token_weights_give_the_loss_of_every_aggregation_mode(mode, info):
+    config = {"global_batch_info": info}
+    head, student = computed_by_a_head(config, mode)
+    result = pure(config, loss_agg_mode=mode, student_logits=head, teacher_logits=None)
+    inputs = logits()
+    expected = pure(config, loss_agg_mode=mode, **inputs)
+    assert result[0].item() == near(expected[0].item())
+    assert result.metrics == pytest.approx(expected.metrics, rel=1e-6)
+    torch.testing.assert_close(gradient(result[0], student), gradient(expected[0], inputs["student_logits"]))
+
+
+def test_token_weights_of_no_tokens_are_none():
+    assert token_weights(torch.zeros(2, 3), "token-mean", None).shape == (0,)
+
+
+def test_a_loss_that_is_not_that_of_its_tokens_is_refused():
+    head, _ = computed_by_a_head(mode="token-mean")
+    with pytest.raises(ValueError, match="loss_agg_mode=token-sum.*distillation_head=dense"):
+        pure(loss_agg_mode="token-sum", student_logits=head, teacher_logits=None)
+
+
+def test_per_token_divergences_of_a_head_go_into_the_hybrid_loss():
+    inputs = logits()
+    mask = response_mask() != 0
+    rows = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS)[mask]
+    teacher = DenseLogits(inputs["teacher_logits"].flatten(0, 1))
+    tokens = token_divergence(inputs["student_logits"].flatten(0, 1), rows, teacher, rows, DivergenceSpec())
+    result = hybrid(student_logits=HeadDivergence(tokens), teacher_logits=None)
+    dense = logits()
+    expected = hybrid(**dense)
+    assert result[0].item() == near(expected[0].item())
+    grad = gradient(result[0], inputs["student_logits"])
+    torch.testing.assert_close(grad, gradient(expected[0], dense["student_logits"]))

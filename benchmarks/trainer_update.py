@@ -1,0 +1,240 @@
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One update of VERL's real actor worker at a large vocabulary: fused head, dense head, and a GRPO step beside them.
+
+``measure KIND`` runs in a process of its own and prints one JSON line; ``run`` starts one process per kind, lets them
+take turns, and writes the medians. Kinds:
+
+- ``fused`` and ``dense``: pure distillation with either ``distillation_head``;
+- ``grpo``: what GRPO does with the same batch, without a reference policy: old log-probs, then the update.
+
+A step here is what a trainer does after the rollout and before the next: the teacher's pass (or the old log-probs), and
+the update. Generation is left out: it is the same for all. Extra memory is the peak resident memory of the update less
+what is resident before it: gradients and optimizer are the same in all kinds, and are allocated by a first step.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("fused", "dense", "grpo")
+POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
+PROMPT_TOKENS = 16
+
+
+def make_models(folder: Path, args: argparse.Namespace) -> dict[str, str]:
+    from arithmetic import tiny_model
+
+    size = {"hidden": args.hidden, "layers": args.layers, "vocab_size": args.vocab}
+    return {name: tiny_model(folder / name, **size, seed=seed) for seed, name in enumerate(("student", "teacher"))}
+
+
+def overrides(kind: str, models: dict[str, str], args: argparse.Namespace) -> list[str]:
+    common = [
+        f"actor_rollout_ref.model.path={models['student']}",
+        f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={args.micro_batch}",
+        f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={args.micro_batch}",
+        "actor_rollout_ref.actor.optim.lr=1e-6",
+        "actor_rollout_ref.model.enable_gradient_checkpointing=True",
+        "actor_rollout_ref.model.use_remove_padding=True",
+    ]
+    if kind == "grpo":
+        return [*common, f"{POLICY_LOSS}.loss_mode=vanilla"]
+    loss = [f"{POLICY_LOSS}.loss_mode=on_policy_distillation", f"{POLICY_LOSS}.distillation_head={kind}"]
+    teacher = [f"teacher.model.path={models['teacher']}", f"teacher.micro_batch_size_per_gpu={args.micro_batch}"]
+    return [*common, *loss, *teacher]
+
+
+def make_rows(args: argparse.Namespace) -> list[dict]:
+    import random
+
+    rng = random.Random(0)
+    draw = lambda length: [rng.randrange(256) for _ in range(length)]
+    length = args.tokens // args.sequences
+    return [
+        {
+            "prompt": draw(PROMPT_TOKENS),
+            "response": draw(length),
+            "mask": [1] * length,
+            "old_log_prob": [-10.0] * length,
+            "advantage": [rng.uniform(-1, 1)] * length,
+        }
+        for _ in range(args.sequences)
+    ]
+
+
+def resident(field: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{field} is not in /proc/self/status")
+
+
+class Step:
+    """VERL's workers in this process, and one step of a kind on one fixed batch."""
+
+    def __init__(self, kind: str, args: argparse.Namespace):
+        from engine_process import compose_config, local_batch
+
+        from verl.trainer.ppo.v1.distillation_hooks import DistillationTrainerHooks
+        from verl.workers.engine_workers import ActorRolloutRefWorker
+        from verl.workers.teacher_worker import TeacherWorker
+
+        config = compose_config(overrides(kind, make_models(Path(args.folder), args), args))
+        self._hooks = DistillationTrainerHooks(config)
+        self._actor = ActorRolloutRefWorker(
+            config=config.actor_rollout_ref, role="actor", distillation_config=None, teacher_config=config.teacher
+        )
+        self._actor.init_model()
+        self._teacher = None
+        if self._hooks.enabled:
+            self._teacher = TeacherWorker(config=config.teacher)
+            self._teacher.init_model()
+        self._batch, self._sequences = local_batch(make_rows(args), 0, 1), args.sequences
+
+    def _flags(self, **flags):
+        from verl.utils import tensordict_utils as tu
+
+        data = self._batch.clone()
+        tu.assign_non_tensor(data, **({"temperature": 1.0, "calculate_entropy": False, "compute_loss": False} | flags))
+        return data
+
+    def prepare(self):
+        """The teacher's payload, or the old log-probs: the forward that comes before the update."""
+        if self._teacher is not None:
+            return self._teacher.score(self._flags())["teacher_payload"]
+        return self._actor.compute_log_prob(self._flags())
+
+    def update(self, prepared) -> None:
+        data = self._flags(
+            mini_batch_size=self._sequences, epochs=1, global_batch_size=self._sequences, **self._hooks.update_flags()
+        )
+        if self._teacher is not None:
+            data["teacher_payload"] = prepared
+        self._actor.update_actor(data)
+
+
+def measure_once(step: Step) -> dict[str, float]:
+    started = time.perf_counter()
+    prepared = step.prepare()
+    updating = time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    before = resident("VmRSS")
+    step.update(prepared)
+    ended = time.perf_counter()
+    return {
+        "prepare_s": updating - started,
+        "update_s": ended - updating,
+        "step_s": ended - started,
+        "update_extra_mb": (resident("VmHWM") - before) / 1e6,
+    }
+
+
+def serve(kind: str, args: argparse.Namespace) -> None:
+    """One measurement per line on stdin, as JSON on stdout, after a first step that is thrown away."""
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples" / "on_policy_distillation")]
+    out, sys.stdout = sys.stdout, sys.stderr  # VERL prints
+    step = Step(kind, args)
+    measure_once(step)
+    print("ready", file=out, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(measure_once(step)), file=out, flush=True)
+
+
+def start(kind: str, port: int, args: argparse.Namespace) -> subprocess.Popen:
+    folder = Path(args.folder) / kind
+    command = [sys.executable, __file__, "serve", kind, "--folder", str(folder)]
+    for name in ("tokens", "sequences", "micro_batch", "vocab", "hidden", "layers"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    environment = os.environ | {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "VERL_PLATFORM": "cpu",
+        "VERL_USE_EXTERNAL_MODULES": "verl.plugin.cpu",
+        "MALLOC_MMAP_THRESHOLD_": "1048576",  # freed tensors go back to the system, so that peaks are peaks
+    }
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+def ask(process: subprocess.Popen) -> dict[str, float]:
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
+
+
+def run(args: argparse.Namespace) -> None:
+    processes = {}
+    args.folder = tempfile.mkdtemp(prefix="trainer_update_")
+    for port, kind in enumerate(args.kinds, start=29600):
+        processes[kind] = start(kind, port, args)  # one after the other: starting is work too
+        if processes[kind].stdout.readline().strip() != "ready":
+            raise RuntimeError(f"{kind} did not start: run `{Path(__file__).name} serve {kind}` to see why")
+    samples = {kind: [] for kind in args.kinds}
+    for _ in range(args.repeats):
+        for kind in args.kinds:
+            samples[kind].append(ask(processes[kind]))
+            print(kind, samples[kind][-1], file=sys.stderr, flush=True)
+    for process in processes.values():
+        process.stdin.close()
+        process.wait()
+    shutil.rmtree(args.folder)
+    medians = {
+        kind: {name: statistics.median(sample[name] for sample in of_kind) for name in of_kind[0]}
+        for kind, of_kind in samples.items()
+    }
+    sizes = {name: getattr(args, name) for name in ("tokens", "sequences", "micro_batch", "vocab", "hidden", "layers")}
+    result = {"sizes": sizes, "repeats": args.repeats, "medians": medians, "samples": samples}
+    text = json.dumps(result, indent=2)
+    if args.out:
+        Path(args.out).write_text(text + "\n")
+    print(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "serve"))
+    parser.add_argument("kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--folder", default="trainer_update", help="serve: where the models go; must not exist")
+    parser.add_argument("--tokens", type=int, default=4096, help="response tokens of the batch")
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--micro-batch", type=int, default=16, help="sequences; the default is the whole batch")
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    if args.command == "serve":
+        serve(args.kinds[0], args)
+    else:
+        run(args)
+
+
+if __name__ == "__main__":
+    main()
