@@ -112,7 +112,7 @@ def run_case(overrides, batch, rank, world_size):
         max_token_len_per_gpu=config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu,
         use_remove_padding=config.actor_rollout_ref.model.use_remove_padding,
         use_fused_kernels=False,
-        **({"calculate_entropy": config.actor_rollout_ref.actor.entropy_coeff != 0} | hooks.update_flags()),
+        **({"calculate_entropy": config.actor_rollout_ref.actor.entropy_coeff != 0} | hooks.update_flags(step=1)),
     )
     engine = actor.actor.engine
     with engine.train_mode(zero_grad_on_exit=False):

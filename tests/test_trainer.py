@@ -13,6 +13,7 @@
 # limitations under the License.
 """End to end: VERL's trainer, started as a user starts it, on real Ray, TransferQueue, FSDP2 and rollouts."""
 
+import json
 import os
 import signal
 import subprocess
@@ -110,9 +111,14 @@ PURE = (f"{ACTOR}.policy_loss.loss_mode=on_policy_distillation",)
 
 
 @pytest.fixture(scope="module")
-def pure(files, tmp_path_factory):
+def pure_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pure")
+
+
+@pytest.fixture(scope="module")
+def pure(files, pure_folder):
     """Six steps of the pure loss: no reward function, and VERL's default advantage estimator, which wants a critic."""
-    return run(files, tmp_path_factory.mktemp("pure"), *PURE)
+    return run(files, pure_folder, *PURE, "teacher.dump_freq=3", f"teacher.dump_size={PROMPTS * SAMPLES}")
 
 
 def test_pure_distillation_lowers_the_divergence(pure):
@@ -140,6 +146,33 @@ def test_pure_distillation_validates_without_a_reward_function(pure):
     assert [step for step, metrics in pure.items() if accuracy(metrics) is not None] == [0, 2, 4, 6]
 
 
+def dumped(folder):
+    return [json.loads(line) for file in folder.glob("step_3.rank*.jsonl") for line in file.read_text().splitlines()]
+
+
+def assert_dump_is_the_step(lines, metrics):
+    """Every sequence of the step: the mean of the tokens' KLs is what the step logged."""
+    assert len(lines) == PROMPTS * SAMPLES
+    kl = [value for line in lines for value in line["kl"]]
+    assert sum(kl) / len(kl) == pytest.approx(metrics["distillation/kl"], rel=1e-4)
+    agreed = [
+        student[0][0] == teacher[0][0]
+        for line in lines
+        for student, teacher in zip(line["student_top"], line["teacher_top"], strict=True)
+    ]
+    # Different bytes that are no text by themselves read alike, so more look agreed than are.
+    assert sum(agreed) / len(agreed) >= metrics["distillation/top1_agreement"] - 1e-6
+    for line in lines:
+        assert len(line["kl"]) == len(line["tokens"]) == len(line["student_top"])
+        assert all(len(top) == 5 and top[0][1] >= top[4][1] > 0.0 for top in line["student_top"])
+
+
+def test_the_dump_holds_the_kl_of_every_token_of_its_step(pure, pure_folder):
+    folder = pure_folder / "checkpoints" / "token_kl"
+    assert sorted(file.name for file in folder.iterdir()) == ["step_3.rank0.jsonl", "step_6.rank0.jsonl"]
+    assert_dump_is_the_step(dumped(folder), pure[3])
+
+
 def test_an_interrupted_run_continues_where_it_was(pure, files, tmp_path):
     """Killed after step 5, one step after the last checkpoint: the second start repeats step 5 and goes on.
 
@@ -164,10 +197,18 @@ def test_an_interrupted_run_continues_where_it_was(pure, files, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def hybrid(files, tmp_path_factory):
+def hybrid_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hybrid")
+
+
+@pytest.fixture(scope="module")
+def hybrid(files, hybrid_folder):
     return run(
         files,
-        tmp_path_factory.mktemp("hybrid"),
+        hybrid_folder,
+        "teacher.dump_freq=3",
+        f"teacher.dump_dir={hybrid_folder}/dump",
+        f"teacher.dump_size={PROMPTS * SAMPLES}",
         f"{ACTOR}.policy_loss.loss_mode=hybrid_rl_distillation",
         f"{ACTOR}.policy_loss.hybrid_lambda_rl=0.5",
         f"{ACTOR}.policy_loss.hybrid_lambda_distill=0.5",
@@ -194,3 +235,9 @@ def test_hybrid_keeps_all_of_rl(hybrid):
     assert kept <= hybrid[1].keys()
     assert {"actor/pg_loss", "actor/kl_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy"} <= hybrid[1].keys()
     assert {f"distillation/{name}" for name in METRICS} <= hybrid[1].keys()
+
+
+def test_each_rank_of_a_hybrid_run_dumps_its_sequences(hybrid, hybrid_folder):
+    folder = hybrid_folder / "dump"
+    assert {"step_3.rank0.jsonl", "step_3.rank1.jsonl"} <= {file.name for file in folder.iterdir()}
+    assert_dump_is_the_step(dumped(folder), hybrid[3])

@@ -161,6 +161,11 @@ def _check_teacher(config: DictConfig, path: Optional[str]) -> None:
             find_output_projection(local, tied=bool(teacher.get_text_config().tie_word_embeddings))
     if config.actor_rollout_ref.actor.policy_loss.distillation_head == "fused":
         _check_fused_head(config, student)
+    elif config.teacher.dump_freq > 0:
+        raise ValueError(
+            f"teacher.dump_freq={config.teacher.dump_freq} is written by a fused head: set "
+            "actor_rollout_ref.actor.policy_loss.distillation_head=fused, or teacher.dump_freq=-1."
+        )
 
 
 def _check_dtype(key: str, name: Any) -> None:

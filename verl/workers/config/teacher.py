@@ -40,6 +40,10 @@ class TeacherConfig(BaseConfig):
         use_dynamic_bsz (bool): Whether micro-batches are cut by tokens instead of by sequences.
         micro_batch_size_per_gpu (Optional[int]): Sequences per teacher forward, without dynamic batching.
         max_token_len_per_gpu (int): Tokens per teacher forward, with dynamic batching.
+        dump_freq (int): Every how many steps the KL of single tokens is written; -1 never. Needs
+            ``policy_loss.distillation_head=fused``.
+        dump_dir (Optional[str]): The folder for it, on the machine of each worker.
+        dump_size (int): Sequences per rank and dump.
     """
 
     model: HFModelConfig = field(default_factory=BaseConfig)
@@ -49,3 +53,6 @@ class TeacherConfig(BaseConfig):
     use_dynamic_bsz: bool = False
     micro_batch_size_per_gpu: Optional[int] = None
     max_token_len_per_gpu: int = 16384
+    dump_freq: int = -1
+    dump_dir: Optional[str] = None
+    dump_size: int = 16

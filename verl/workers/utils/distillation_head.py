@@ -24,6 +24,7 @@ import torch
 
 from verl.utils.divergence import DivergenceSpec, LinearLogits, LogitSource, TokenDivergence
 from verl.utils.kernel.linear_divergence import divergence_of_head, tokens_of_head
+from verl.workers.utils.distillation_dump import TopEntries, top_entries
 
 __all__ = ["DistillationHead", "DivergenceTask", "HeadTask", "PolicyTask"]
 
@@ -74,6 +75,15 @@ def _require_type(layer: torch.nn.Module, expected: type) -> None:
         )
 
 
+def _compared(task: "HeadTask", head: LinearLogits) -> tuple[LinearLogits, LogitSource]:
+    """Both sides' logits of the task's tokens, not yet projected; of those to be dumped, the likeliest entries."""
+    selected = LinearLogits(head.hidden[task.rows], head.weight, head.bias)
+    teacher = task.teacher.cut(len(head.weight))
+    if len(task.dumped):
+        task.tops = tuple(top_entries(side, task.dumped, task.spec.temperature) for side in (selected, teacher))
+    return selected, teacher
+
+
 @dataclass
 class DivergenceTask:
     """The pure loss, whose token weights are known before the forward: value and gradients in one pass.
@@ -82,17 +92,20 @@ class DivergenceTask:
         rows: (n,) int64, the rows of the model's output that predict the tokens of the loss.
         teacher: logits of the same n tokens.
         token_weights: (n,), see `verl.trainer.ppo.on_policy_distillation.token_weights`.
+        dumped: (d,) int64, which of the n tokens are dumped with both sides' likeliest entries; mostly none.
     """
 
     rows: torch.Tensor
     teacher: LogitSource
     spec: DivergenceSpec
     token_weights: torch.Tensor
+    dumped: torch.Tensor
     tokens: Optional[TokenDivergence] = field(default=None, init=False)
+    tops: Optional[tuple[TopEntries, TopEntries]] = field(default=None, init=False)
 
     def __call__(self, head: LinearLogits) -> torch.Tensor:
-        selected = LinearLogits(head.hidden[self.rows], head.weight, head.bias)
-        out = divergence_of_head(selected, self.teacher.cut(len(head.weight)), self.spec, self.token_weights)
+        selected, teacher = _compared(self, head)
+        out = divergence_of_head(selected, teacher, self.spec, self.token_weights)
         self.tokens = out.metrics
         return out.loss.view(1, 1, 1)
 
@@ -111,6 +124,7 @@ class PolicyTask:
         labels: (n,) int64, those tokens.
         temperature: the sampling temperature, of `log_probs` and `entropy`.
         calculate_entropy: whether the loss reads `entropy`.
+        dumped: (d,) int64, which of the n tokens are dumped with both sides' likeliest entries; mostly none.
     """
 
     rows: torch.Tensor
@@ -120,11 +134,12 @@ class PolicyTask:
     labels: torch.Tensor
     temperature: float
     calculate_entropy: bool
+    dumped: torch.Tensor
     tokens: Optional[TokenDivergence] = field(default=None, init=False)
+    tops: Optional[tuple[TopEntries, TopEntries]] = field(default=None, init=False)
 
     def __call__(self, head: LinearLogits) -> torch.Tensor:
-        selected = LinearLogits(head.hidden[self.rows], head.weight, head.bias)
-        teacher = self.teacher.cut(len(head.weight))
+        selected, teacher = _compared(self, head)
         out = tokens_of_head(selected, teacher, self.spec, self.labels, self.temperature)
         self.tokens = out.tokens
         return torch.stack((out.log_prob, out.entropy, out.tokens.divergence), dim=-1).unsqueeze(0)

@@ -43,6 +43,7 @@ from verl.utils.output_projection import OutputProjection, checkpoint_folder, fi
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import ActorConfig
 from verl.workers.config.teacher import TeacherConfig
+from verl.workers.utils.distillation_dump import DUMP_FLAG, TokenDump
 from verl.workers.utils.distillation_head import DivergenceTask, HeadTask, PolicyTask
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.response_rows import padded_rows, response_rows
@@ -59,7 +60,7 @@ def build_distillation_loss(config: ActorConfig, teacher_config: TeacherConfig) 
         file = find_output_projection(checkpoint_folder(model.local_path), tied)
         dtype = PrecisionType.to_dtype(teacher_config.fsdp_config.model_dtype)
         projection = file.load(device=get_device_id(), dtype=dtype)
-    return DistillationActorLoss(config, projection)
+    return DistillationActorLoss(config, projection, teacher_config.dump_size)
 
 
 class DistillationActorLoss:
@@ -68,13 +69,16 @@ class DistillationActorLoss:
     Args:
         config: the actor's configuration; ``policy_loss`` names the loss and holds its keys.
         projection: the teacher's output projection where ``teacher_payload`` is hidden states; None where it is logits.
+        dump_size: sequences per rank in the dump of a step.
     """
 
-    def __init__(self, config: ActorConfig, projection: Optional[OutputProjection]):
+    def __init__(self, config: ActorConfig, projection: Optional[OutputProjection], dump_size: int):
         self.config = config
         self.projection = projection
         self._packed_logits: Optional[torch.Tensor] = None
         self._task: Optional[HeadTask] = None
+        self._dump_size = dump_size
+        self._dump: Optional[TokenDump] = None
 
     @property
     def is_pure(self) -> bool:
@@ -122,7 +126,7 @@ class DistillationActorLoss:
         is_token = data["response_mask"].values() != 0
         weights = token_weights(_padded_mask(data), self.config.loss_agg_mode, self.config)
         teacher = self._teacher_source(data["teacher_payload"].values()[is_token])
-        return DivergenceTask(rows[is_token], teacher, self._spec, weights)
+        return DivergenceTask(rows[is_token], teacher, self._spec, weights, dumped=self._dumped(data))
 
     def _policy_task(self, data: TensorDict, rows: torch.Tensor, packed_rows: torch.Tensor) -> PolicyTask:
         return PolicyTask(
@@ -133,6 +137,7 @@ class DistillationActorLoss:
             labels=data["responses"].values(),
             temperature=float(data["temperature"]),
             calculate_entropy=tu.get_non_tensor_data(data=data, key="calculate_entropy", default=False),
+            dumped=(data["response_mask"].values() != 0).nonzero().squeeze(-1)[self._dumped(data)],
         )
 
     @property
@@ -146,9 +151,22 @@ class DistillationActorLoss:
             logits, self._packed_logits = self._packed_logits, None
             return self._response_logits(logits, data)
         if self.is_pure:
-            return {"student_logits": HeadDivergence(task.tokens, loss=model_output["distillation_loss"])}
-        is_token = data["response_mask"].values() != 0  # the policy task covers every response token
-        return {"student_logits": HeadDivergence(TokenDivergence(*(column[is_token] for column in task.tokens)))}
+            computed = HeadDivergence(task.tokens, loss=model_output["distillation_loss"])
+        else:
+            is_token = data["response_mask"].values() != 0  # the policy task covers every response token
+            computed = HeadDivergence(TokenDivergence(*(column[is_token] for column in task.tokens)))
+        if task.tops is not None:
+            self._dump.write(data, computed.tokens.reverse_kl, *task.tops)
+        return {"student_logits": computed}
+
+    def _dumped(self, data: TensorDict) -> torch.Tensor:
+        """(d,) which tokens of the loss go into this step's dump; none in most steps."""
+        path = tu.get_non_tensor_data(data=data, key=DUMP_FLAG, default=None)
+        if path is None:
+            return torch.arange(0)
+        if self._dump is None or self._dump.path != path:
+            self._dump = TokenDump(path, self.config.model_config.tokenizer, self._dump_size)
+        return torch.arange(self._dump.num_tokens(data), device=data["responses"].device)
 
     def _set_global_batch_info(self, data: TensorDict) -> None:
         for key in ("dp_size", "batch_num_tokens", "global_batch_size"):

@@ -16,6 +16,7 @@
 For any other policy loss every method leaves what it is given as it was, so the trainer calls them without asking.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, Ra
 from verl.trainer.ppo.distillation_setup import is_pure_distillation, teacher_is_enabled
 from verl.trainer.ppo.utils import Role
 from verl.utils.debug import marked_timer
+from verl.workers.utils.distillation_dump import DUMP_FLAG
 
 __all__ = ["DistillationTrainerHooks"]
 
@@ -84,11 +86,14 @@ class DistillationTrainerHooks:
         metrics["distillation/teacher_payload_mb"] = num_tokens * self._bytes_per_token / _MEGABYTE
         return batch
 
-    def update_flags(self) -> dict[str, bool]:
+    def update_flags(self, step: int) -> dict[str, Any]:
         """Flags of the engine's forward: hand the logits to the loss; the pure loss needs no log-probs or entropy."""
         if not self.enabled:
             return {}
         flags = {"distillation_use_topk": True, "distillation_only": self.is_pure}
+        teacher = self._config.teacher
+        if teacher.dump_freq > 0 and step % teacher.dump_freq == 0:
+            flags[DUMP_FLAG] = os.path.join(os.path.expanduser(teacher.dump_dir), f"step_{step}")
         return flags | ({"calculate_entropy": False} if self.is_pure else {})
 
     def log_names(self, actor_metrics: dict[str, Any]) -> dict[str, Any]:
