@@ -127,7 +127,10 @@ class Step:
 
     def update(self, prepared) -> None:
         data = self._flags(
-            mini_batch_size=self._sequences, epochs=1, global_batch_size=self._sequences, **self._hooks.update_flags(step=1)
+            mini_batch_size=self._sequences,
+            epochs=1,
+            global_batch_size=self._sequences,
+            **self._hooks.update_flags(step=1),
         )
         if self._teacher is not None:
             data["teacher_payload"] = prepared

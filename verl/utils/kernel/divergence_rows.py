@@ -47,9 +47,10 @@ _COMPILED = {
 }
 
 # Float32 entries of a row in one step, and of those in one thread. With 2048 and 8, a program has 8 warps, and its
-# eight sums per lane fill half of the 128 registers that leave room for two programs on one of an H100's 132
-# multiprocessors. Two, because a chunk of 220 rows is then resident at once, one program computing while the other
-# waits; 16 KiB of loads per program and step, because memory answers at full speed only to some 2 MiB of requests.
+# eight sums per lane fill half of the 128 registers (what ptxas gives it) that leave room for two programs on one of
+# an H100's 132 multiprocessors. Two, because a chunk of 220 rows is then resident at once, one program computing while
+# the other waits; 16 KiB of loads per program and step, because memory gives its full speed only to some 2 MiB of
+# requests. One choice for all rows: it is computed, not measured, and other sizes would only be compiled in vain.
 BLOCK = 2048
 ENTRIES_PER_THREAD = 8
 
@@ -110,7 +111,7 @@ def _total(kept, lost, own, cross):
 def _statistics(
     student, teacher, vocab, student_rate, teacher_rate, LOWEST: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """First pass: maximum, mass, and the three means of `_total`, of the student and of the teacher; scalars."""
+    """First pass: (maximum, mass, rate of each side), the (reverse, forward) KL, both entropies; scalars."""
     dtype: tl.constexpr = student.dtype.element_ty
     # Not -inf: -inf - -inf would be NaN where a row begins with a whole block of them.
     s_high = tl.full((), LOWEST, dtype)
@@ -146,9 +147,8 @@ def _statistics(
     log_ratio = tl.log(t_mass / s_mass)  # less of a rounding than the difference of two logarithms
     reverse_kl = s_cross_mean + log_ratio - s_lost_part * (_LOG_ZERO + tl.log(t_mass))
     forward_kl = t_cross_mean - log_ratio - t_lost_part * (_LOG_ZERO + tl.log(s_mass))
-    student_entropy = tl.log(s_mass) - s_own_mean
-    teacher_entropy = tl.log(t_mass) - t_own_mean
-    return s_high, s_mass, t_high, t_mass, reverse_kl, forward_kl, student_entropy, teacher_entropy
+    normal = (s_high, s_mass, student_rate, t_high, t_mass, teacher_rate)
+    return normal, (reverse_kl, forward_kl), (tl.log(s_mass) - s_own_mean, tl.log(t_mass) - t_own_mean)
 
 
 @triton.jit
@@ -170,9 +170,10 @@ def _log_mixture_over(log_ratio, weight, rest):
 
     A small M / P - 1 keeps its digits in the logarithm, and a small M / P, as the sum of its two terms, does too.
     """
-    # Keeps the exponential finite. An entry beyond the limit has e^-80 of the other side's mass (e^-700 in float64).
+    # Keeps the exponential finite, and above zero. An entry beyond the limit has e^-80 of the other side's mass
+    # (e^-700 in float64). Not tl.clamp, which would replace NaN.
     limit: tl.constexpr = 700.0 if log_ratio.dtype == tl.float64 else 80.0
-    log_ratio = tl.where(log_ratio > limit, limit, log_ratio)
+    log_ratio = tl.where(log_ratio > limit, limit, tl.where(log_ratio < -limit, -limit, log_ratio))
     ratio = tl.exp(log_ratio)
     excess = weight * _expm1(log_ratio, ratio)
     over = tl.where(excess < -0.5, weight * ratio + rest, 1.0 + excess)
@@ -189,8 +190,9 @@ def _skew_slope(log_ratio, beta, rest):
 
 
 @triton.jit
-def _distributions(z, u, s_high, s_mass, t_high, t_mass, student_rate, teacher_rate, FAR: tl.constexpr):
-    """S, T and log S - log T of a block of logits, (BLOCK,)."""
+def _distributions(z, u, normal, FAR: tl.constexpr):
+    """S, T and log S - log T of a block of logits, (BLOCK,). `normal`: each side's maximum, mass and rate, scalars."""
+    s_high, s_mass, student_rate, t_high, t_mass, teacher_rate = normal
     x = (z - s_high) * student_rate
     y = (u - t_high) * teacher_rate
     # What x and y are where the logarithm is LOG_ZERO.
@@ -204,12 +206,7 @@ def _mixture_means(
     student,
     teacher,
     vocab,
-    s_high,
-    s_mass,
-    t_high,
-    t_mass,
-    student_rate,
-    teacher_rate,
+    normal,
     beta,
     rest,
     KIND: tl.constexpr,
@@ -226,7 +223,7 @@ def _mixture_means(
         start = (blocks - 1 - index) * BLOCK
         z = _load(student, start, vocab, BLOCK)
         u = _load(teacher, start, vocab, BLOCK)
-        s, t, log_ratio = _distributions(z, u, s_high, s_mass, t_high, t_mass, student_rate, teacher_rate, FAR)
+        s, t, log_ratio = _distributions(z, u, normal, FAR)
         if KIND == "gkd":
             log_m_over_s, _, _ = _log_mixture_over(-log_ratio, beta, rest)
             log_m_over_t, _, _ = _log_mixture_over(log_ratio, rest, beta)
@@ -246,13 +243,8 @@ def _write_gradient(
     gradient,
     factor,
     vocab,
-    s_high,
-    s_mass,
-    t_high,
-    t_mass,
+    normal,
     mean,
-    student_rate,
-    teacher_rate,
     beta,
     rest,
     KIND: tl.constexpr,
@@ -271,8 +263,8 @@ def _write_gradient(
         entry = start + tl.arange(0, BLOCK)
         z = _load(student, start, vocab, BLOCK)
         u = _load(teacher, start, vocab, BLOCK)
-        best = tl.minimum(best, tl.where(z == s_high, entry, 2147483647))
-        s, t, log_ratio = _distributions(z, u, s_high, s_mass, t_high, t_mass, student_rate, teacher_rate, FAR)
+        best = tl.minimum(best, tl.where(z == normal[0], entry, 2147483647))
+        s, t, log_ratio = _distributions(z, u, normal, FAR)
         if KIND == "reverse_kl":
             slope = s * (log_ratio - mean)
         elif KIND == "forward_kl":
@@ -326,32 +318,30 @@ def _rows_kernel(
     beta = _parameter(beta, dtype)
     rest = _parameter(rest, dtype)
 
-    s_high, s_mass, t_high, t_mass, reverse_kl, forward_kl, student_entropy, teacher_entropy = _statistics(
+    normal, divergences, entropies = _statistics(
         student, teacher, vocab, student_rate, teacher_rate, LOWEST, FAR, BLOCK
     )
+    reverse_kl, forward_kl = divergences
     value = reverse_kl
     mean = reverse_kl
     if KIND == "forward_kl":
         value = forward_kl
     if is_mixture:
-        value, mean = _mixture_means(
-            student, teacher, vocab, s_high, s_mass, t_high, t_mass, student_rate, teacher_rate, beta, rest,
-            KIND, FAR, BLOCK,
-        )  # fmt: skip
+        value, mean = _mixture_means(student, teacher, vocab, normal, beta, rest, KIND, FAR, BLOCK)
+    factor = tl.load(factors + row)
     best = _write_gradient(
-        student, teacher, gradient, tl.load(factors + row), vocab, s_high, s_mass, t_high, t_mass, mean,
-        student_rate, teacher_rate, beta, rest, KIND, not is_mixture, FAR, BLOCK,
-    )  # fmt: skip
+        student, teacher, gradient, factor, vocab, normal, mean, beta, rest, KIND, not is_mixture, FAR, BLOCK
+    )
     # A row of NaN has no maximum.
-    is_agreed = tl.load(teacher + best, mask=best < vocab, other=-float("inf")) == t_high
+    is_agreed = tl.load(teacher + best, mask=best < vocab, other=-float("inf")) == normal[3]
 
     # The order of TokenDivergence's fields.
     results += row
     tl.store(results, value)
     tl.store(results + rows, reverse_kl)
     tl.store(results + 2 * rows, forward_kl)
-    tl.store(results + 3 * rows, student_entropy)
-    tl.store(results + 4 * rows, teacher_entropy)
+    tl.store(results + 3 * rows, entropies[0])
+    tl.store(results + 4 * rows, entropies[1])
     tl.store(results + 5 * rows, is_agreed.to(dtype))
 
 
