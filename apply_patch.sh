@@ -86,18 +86,15 @@ resolve_target() {
 }
 
 find_version() {
-    local file
-    if [ -s "$target/verl/version/version" ]; then
-        head -n 1 "$target/verl/version/version" | tr -d '[:space:]'
-        return
+    local file found=''
+    if [ -f "$target/verl/version/version" ]; then
+        found=$(tr -d '[:space:]' <"$target/verl/version/version")
     fi
     for file in "$target"/verl-[0-9]*.dist-info/METADATA "$target"/verl.egg-info/PKG-INFO "$target"/PKG-INFO; do
-        if [ -f "$file" ]; then
-            sed -n 's/^Version: *//p' "$file" | head -n 1 | tr -d '[:space:]'
-            return
-        fi
+        if [ -n "$found" ] || [ ! -f "$file" ]; then continue; fi
+        found=$(sed -n '/^Version:/{s/^Version: *//p;q;}' "$file" | tr -d '[:space:]')
     done
-    echo unknown
+    echo "${found:-unknown}"
 }
 
 check_version() {
@@ -197,15 +194,15 @@ VERL was installed anew. Take it out first with the apply_patch.sh it came from 
     fi
 }
 
-# git: "error: patch failed: FILE:LINE"; patch: "patching file FILE" and then what failed.
+# The files that stand in the way, one a line. git says "error: FILE: patch does not apply" or another reason; patch(1)
+# says "checking file FILE" and then what failed.
 conflicts() {
-    apply_tool --check "$@" 2>&1 | sed -n \
-        -e 's/^error: \(.*\): patch does not apply$/  \1/p' \
-        -e 's/^error: \(.*: already exists in working directory\)$/  \1/p' \
-        -e 's/^error: \(.*: No such file or directory\)$/  \1/p' \
-        -e 's/^error: \(.*: wrong type\)$/  \1/p' \
-        -e '/^\(patching\|checking\) file /h' \
-        -e '/FAILED\|already exists\|Unreversed\|Reversed\|can.t find file/{x;s/^[a-z]* file /  /p;}' | awk '!seen[$0]++'
+    { apply_tool --check "$@" 2>&1 || true; } | awk '
+        /^error: patch failed: / || /: already exists in working directory$/ { next }
+        sub(/^error: /, "") { sub(/: patch does not apply$/, ""); print "  " $0; next }
+        sub(/^(checking|patching) file /, "") { file = $0; next }
+        /FAILED|find file to patch/ && !seen[file]++ { print "  " file }
+    '
 }
 
 # Both tools check every hunk before they write, but find out only while writing that they may not.
@@ -338,16 +335,16 @@ python_for_target() {
 }
 
 verify() {
-    local python status=0
-    python=$(python_for_target)
-    if [ ! -f "$verifier" ] || [ -z "$python" ]; then
+    local interpreter status=0
+    interpreter=$(python_for_target)
+    if [ ! -f "$verifier" ] || [ -z "$interpreter" ]; then
         say "not verified: ${verifier##*/} or a Python is missing"
         return
     fi
-    "$python" "$verifier" "$target" || status=$?
+    "$interpreter" "$verifier" "$target" || status=$?
     case $status in
     0) ;;
-    3) say "not verified in full: $python lacks what is named above. With the Python that trains:
+    3) say "not verified in full, as $interpreter lacks what is named above. With the Python that trains:
   PYTHON $(printf '%q %q' "$verifier" "$target")" ;;
     *) die "the patched VERL does not work, so the patch was taken out again. --no-verify leaves it in." ;;
     esac

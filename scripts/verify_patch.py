@@ -19,7 +19,7 @@ from pathlib import Path
 
 OK, FAILED, NOT_CHECKED = 0, 1, 3
 
-# They import all new modules but two: the Triton kernel, which CUDA alone needs, and the CPU plugin, which changes VERL.
+# They import all new modules but the Triton kernel, which CUDA alone needs, and the CPU plugin, which changes VERL.
 MODULES = [
     "verl.trainer.ppo.on_policy_distillation",
     "verl.trainer.ppo.v1.trainer_base",
@@ -103,7 +103,7 @@ def closed_form(kind, beta, student, teacher):
 
 
 def loss_errors(kind, beta):
-    """Relative error of the pure loss and of its gradient, and of the hybrid loss at ratio 1, where RL is -advantage."""
+    """Relative errors of the pure loss, of its gradient, and of the hybrid loss at ratio 1, where RL is -advantage."""
     import torch
 
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
