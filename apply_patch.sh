@@ -20,7 +20,7 @@ tree or a site-packages directory. Without TARGET: the VERL that Python imports.
 
   --check        say what would happen; change nothing
   --reverse      take the patch out again: every file is then as it was, byte for byte
-  --3way         in a git checkout, merge with changes of your own in the same files
+  --3way         in a git checkout, merge with changes of your own in the same files; also with --reverse
   --any-version  try it on a version other than VERL ${supported_releases// /, } and $supported_branch
   --no-verify    do not run scripts/verify_patch.py afterwards
   -h, --help     this text
@@ -178,20 +178,21 @@ check_pip_package() {
 Nothing was changed. Remove it first: ${python:-python3} -m pip uninstall verl-on-policy-distillation"
 }
 
-explain_conflict() {
-    local file present=0 all=0
+count() { "$@" | wc -l | tr -d ' '; }
+
+new_files_there() {
+    local file
     while IFS= read -r file; do
-        all=$((all + 1))
-        [ ! -e "$target/$file" ] || present=$((present + 1))
+        if [ -e "$target/$file" ]; then echo "$file"; fi
     done < <(new_files)
-    if [ "$present" -gt 0 ]; then
-        echo "$present of the $all new files are there already: another version of this patch, or the rest of one after
-VERL was installed anew. Take it out first with the apply_patch.sh it came from (--reverse), or start from a fresh VERL."
-    elif is_checkout; then
-        echo "The files above differ from VERL's. Try --3way, which merges."
-    else
-        echo "The files above differ from those of VERL ${supported_releases// /, } and $supported_branch."
-    fi
+}
+
+check_other_patch() {
+    local present
+    present=$(count new_files_there)
+    [ "$present" -eq 0 ] || die "$present of the $(count new_files) new files are in $target already:
+this patch with changes made since, another version of it, or the rest of one after VERL was installed anew.
+Nothing was changed. Take that one out first (--reverse, with the apply_patch.sh it came from), or start from a fresh VERL."
 }
 
 # The files that stand in the way, one a line. git says "error: FILE: patch does not apply" or another reason; patch(1)
@@ -203,6 +204,20 @@ conflicts() {
         sub(/^(checking|patching) file /, "") { file = $0; next }
         /FAILED|find file to patch/ && !seen[file]++ { print "  " file }
     '
+}
+
+# check_conflicts [--reverse]
+check_conflicts() {
+    local what="does not apply to" advice="differ from VERL's"
+    ! apply_tool --check "$@" >/dev/null 2>&1 || return 0
+    conflicts "$@" >&2
+    if [ -n "$reverse" ]; then
+        what="cannot be taken out of"
+        advice="were changed after it was applied, or have another version of it"
+    fi
+    if is_checkout; then advice="$advice. Try --3way, which merges"; fi
+    die "the patch $what $target (VERL $version); nothing was changed.
+The files above $advice."
 }
 
 # Both tools check every hunk before they write, but find out only while writing that they may not.
@@ -235,23 +250,26 @@ keep_backup() {
 }
 
 put_back() {
-    local file
+    local file failed=''
     while IFS= read -r file; do
         if [ ! -e "$backup/$file" ]; then
-            rm -f "$target/$file"
+            rm -f "$target/$file" || failed=yes
         elif ! cmp -s "$backup/$file" "$target/$file"; then
             # A file of its own: package managers link installed files into their caches.
-            rm -f "$target/$file"
-            mkdir -p "$target/$(dirname "$file")"
-            cp -p "$backup/$file" "$target/$file"
+            { rm -f "$target/$file" && mkdir -p "$target/$(dirname "$file")" && cp -p "$backup/$file" "$target/$file"; } ||
+                failed=yes
         fi
     done < <(changed_files && new_files)
     remove_leftovers
+    if [ -n "$failed" ]; then
+        echo "apply_patch.sh: NOT everything could be undone; the files as they were are in $backup" >&2
+        backup=
+    fi
 }
 
 # Called at exit, by any way: an error, a signal, or success, which has cleared is_undone_at_exit.
 clean_up() {
-    [ -z "$is_undone_at_exit" ] || put_back
+    if [ -n "$is_undone_at_exit" ]; then put_back; fi
     [ -z "$backup" ] || rm -rf "$backup"
     [ -z "$merge" ] || rm -rf "$merge"
 }
@@ -274,21 +292,21 @@ remove_leftovers() {
 
 merge=
 
-# In the checkout, with a copy of its index to which the files of the work tree are added, and with a place of its own
-# for new objects: the checkout's index and objects stay as they are.
-git_merge() (
+# git in the checkout with a place of its own for new objects.
+git_with_objects() (
     unset GIT_DIR GIT_WORK_TREE GIT_PREFIX
     cd "$target"
     objects=$(git rev-parse --git-path objects)
-    export GIT_ALTERNATE_OBJECT_DIRECTORIES=$PWD/$objects
-    case $objects in /*) GIT_ALTERNATE_OBJECT_DIRECTORIES=$objects ;; esac
-    export GIT_OBJECT_DIRECTORY=$merge/objects GIT_INDEX_FILE=$merge/index
+    case $objects in /*) ;; *) objects=$PWD/$objects ;; esac
+    export GIT_ALTERNATE_OBJECT_DIRECTORIES=$objects GIT_OBJECT_DIRECTORY=$merge/objects
     git -c core.autocrlf=false "$@"
 )
 
+# ... and with a copy of its index to which the files of the work tree are added: the checkout's own stays as it is.
+git_merge() { GIT_INDEX_FILE=$merge/index git_with_objects "$@"; }
+
 start_merge() {
-    local index
-    [ "$tool" = git ] || die "--3way needs git"
+    local index file
     is_checkout || die "--3way needs a git checkout of VERL, which $target is not; nothing was changed"
     index=$(git_here rev-parse --git-path index)
     case $index in /*) ;; *) index=$target/$index ;; esac
@@ -296,20 +314,43 @@ start_merge() {
     merge=$(mktemp -d)
     mkdir "$merge/objects"
     [ ! -e "$index" ] || cp "$index" "$merge/index"
-    changed_files | while IFS= read -r file; do
+    while IFS= read -r file; do
         [ ! -e "$target/$file" ] || git_merge add -- "$file"
-    done
+    done < <(changed_files && new_files)
+    [ -z "$reverse" ] || make_patched_blobs
 }
 
+# What a merge of --reverse starts from: VERL's own files with the patch, which no repository has.
+make_patched_blobs() (
+    awk '/^diff --git / { file = substr($3, 3) }
+        /^index / && !/^index 0+\.\./ { split($2, blob, /\.\./); print "100644 " blob[1] "\t" file }' "$patch_file" |
+        GIT_INDEX_FILE=$merge/patched git_with_objects update-index --index-info
+    GIT_INDEX_FILE=$merge/patched git_with_objects apply --cached --whitespace=nowarn "$patch_file"
+) 2>/dev/null || true
+
+# check_merge [--reverse]
 check_merge() {
     local said
     start_merge
-    if ! said=$(git_merge apply --3way --cached --whitespace=nowarn "$patch_file" 2>&1); then
+    if ! said=$(git_merge apply --3way --cached --whitespace=nowarn "$@" "$patch_file" 2>&1); then
         echo "$said" | sed -n -e 's/^U /  conflict: /p' -e 's/^error: /  /p' >&2
         die "the patch and the changes in $target do not merge by themselves; nothing was changed.
 To have both written into the files and resolve the conflicts by hand, commit your changes and run:
-  git -C $(printf %q "$target") apply --3way $(printf %q "$patch_file")
+  git -C $(printf %q "$target") apply --3way $* $(printf %q "$patch_file")
 If blobs are missing, fetch VERL's tag v${supported_releases##* } into the checkout first."
+    fi
+}
+
+undone="writing failed; what was written has been undone"
+
+# write_patch [--reverse], after everything has been checked
+write_patch() {
+    keep_backup
+    if [ -n "$three_way" ]; then
+        start_merge
+        git_merge apply --3way --whitespace=nowarn "$@" "$patch_file" 2>/dev/null || die "$undone"
+    else
+        apply_tool "$@" >/dev/null || die "$undone"
     fi
 }
 
@@ -359,10 +400,6 @@ Remove it (before VERL is upgraded or uninstalled):
 NEXT
 }
 
-undone="writing failed; what was written has been undone"
-
-count() { "$@" | wc -l | tr -d ' '; }
-
 apply() {
     local message
     if is_patched; then
@@ -371,15 +408,12 @@ apply() {
     fi
     check_version
     check_pip_package
+    check_other_patch
     if [ -n "$three_way" ]; then
         check_merge
     else
         check_uncommitted
-        if ! is_unpatched; then
-            conflicts >&2
-            die "the patch does not apply to $target (VERL $version); nothing was changed.
-$(explain_conflict)"
-        fi
+        check_conflicts
     fi
     check_writable
     message="$(count changed_files) files changed, $(count new_files) added"
@@ -387,13 +421,7 @@ $(explain_conflict)"
         say "the patch applies to VERL $version in $target ($message); nothing was changed"
         return
     fi
-    keep_backup
-    if [ -n "$three_way" ]; then
-        start_merge
-        git_merge apply --3way --whitespace=nowarn "$patch_file" 2>/dev/null || die "$undone"
-    else
-        apply_tool >/dev/null || die "$undone"
-    fi
+    write_patch
     say "patched VERL $version in $target ($message)"
     [ -n "$no_verify" ] || verify
     is_undone_at_exit=
@@ -401,22 +429,17 @@ $(explain_conflict)"
 }
 
 reverse() {
-    if ! is_patched; then
-        if is_unpatched; then
-            say "$target does not have the patch; nothing to do"
-            return
-        fi
-        conflicts --reverse >&2
-        die "the patch cannot be taken out of $target: its lines in the files above have been changed, or they are
-another version of the patch. Nothing was changed."
+    if is_unpatched; then
+        say "$target does not have the patch; nothing to do"
+        return
     fi
+    if [ -n "$three_way" ]; then check_merge --reverse; else check_conflicts --reverse; fi
     check_writable
     if [ -n "$check" ]; then
         say "the patch can be taken out of VERL $version in $target; nothing was changed"
         return
     fi
-    keep_backup
-    apply_tool --reverse >/dev/null || die "$undone"
+    write_patch --reverse
     is_undone_at_exit=
     remove_leftovers
     say "took the patch out of VERL $version in $target"
@@ -437,7 +460,6 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ ${#targets[@]} -le 1 ] || wrong_usage "more than one TARGET"
-[ -z "$reverse" ] || [ -z "$three_way" ] || wrong_usage "--reverse and --3way exclude each other"
 
 [ -s "$patch_file" ] || die "$patch_file is missing"
 if command -v git >/dev/null; then tool="git"; elif command -v patch >/dev/null; then tool="patch"; else
