@@ -35,8 +35,11 @@ Exit status: 0 done or nothing to do, 1 an error (and an unchanged tree), 2 wron
 HELP
 }
 
+is_explained=
+
 say() { echo "apply_patch.sh: $*"; }
 die() {
+    is_explained=yes
     echo "apply_patch.sh: error: $*" >&2
     exit 1
 }
@@ -269,9 +272,12 @@ put_back() {
 
 # Called at exit, by any way: an error, a signal, or success, which has cleared is_undone_at_exit.
 clean_up() {
+    local status=$?
     if [ -n "$is_undone_at_exit" ]; then put_back; fi
     [ -z "$backup" ] || rm -rf "$backup"
     [ -z "$merge" ] || rm -rf "$merge"
+    [ "$status" -eq 0 ] || [ -n "$is_explained" ] ||
+        echo "apply_patch.sh: error: stopped (status $status); nothing was changed, or it was undone" >&2
 }
 
 # What Python compiled from the new files, and the directories that only they needed.
@@ -317,7 +323,8 @@ start_merge() {
     while IFS= read -r file; do
         [ ! -e "$target/$file" ] || git_merge add -- "$file"
     done < <(changed_files && new_files)
-    [ -z "$reverse" ] || make_patched_blobs
+    # Without VERL's own blobs git merges nothing, but still takes files that need no merge.
+    [ -z "$reverse" ] || make_patched_blobs 2>/dev/null || true
 }
 
 # What a merge of --reverse starts from: VERL's own files with the patch, which no repository has.
@@ -326,7 +333,7 @@ make_patched_blobs() (
         /^index / && !/^index 0+\.\./ { split($2, blob, /\.\./); print "100644 " blob[1] "\t" file }' "$patch_file" |
         GIT_INDEX_FILE=$merge/patched git_with_objects update-index --index-info
     GIT_INDEX_FILE=$merge/patched git_with_objects apply --cached --whitespace=nowarn "$patch_file"
-) 2>/dev/null || true
+)
 
 # check_merge [--reverse]
 check_merge() {
@@ -424,7 +431,8 @@ apply() {
     write_patch
     say "patched VERL $version in $target ($message)"
     [ -n "$no_verify" ] || verify
-    is_undone_at_exit=
+    is_undone_at_exit=''
+    is_explained=yes
     next_steps
 }
 
@@ -440,7 +448,8 @@ reverse() {
         return
     fi
     write_patch --reverse
-    is_undone_at_exit=
+    is_undone_at_exit=''
+    is_explained=yes
     remove_leftovers
     say "took the patch out of VERL $version in $target"
 }

@@ -332,8 +332,9 @@ def test_git_takes_the_patch(command, checkout, patched):
     assert git(checkout, "status", "--porcelain") == ""
     author, subject, body = git(checkout, "log", "-1", "--format=%an <%ae>%n%s%n%b").split("\n", 2)
     assert re.fullmatch(r"\S.* <\S+@\S+>", author)
-    # VERL's form of a title: [modules] type: description
-    assert re.fullmatch(r"\[[a-z_, ]+\] (feat|fix|refactor|chore|test): \S.*", subject) and len(subject) <= 72
+    # VERL's form of a title is "[modules] type: description"; git am drops what is in brackets.
+    assert re.search(r"^Subject: \[PATCH\] \[[a-z_, ]+\] feat: \S", TEXT, flags=re.MULTILINE)
+    assert re.fullmatch(r"feat: \S.*", subject) and len(subject) <= 72
     assert len(body.split("\n")) > 5 and max(map(len, body.split("\n"))) <= 72
     assert "make_patch" not in body and "files changed" not in body
     git(checkout, "revert", "--no-edit", "HEAD")
