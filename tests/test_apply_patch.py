@@ -432,7 +432,7 @@ def test_read_only_tree(read_only, verl):
         for path in paths:
             path.chmod(path.stat().st_mode | 0o200)
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.parametrize(
