@@ -324,6 +324,13 @@ def divergence_rows_(
     return results
 
 
+def _chunk_results(student, teacher, spec, student_temperature, gradient) -> torch.Tensor:
+    ones = student.new_ones(len(student))
+    return divergence_rows_(
+        student, teacher, spec, student_temperature, ones, student if gradient is None else gradient
+    )
+
+
 def _gradient_dtype(logits: torch.Tensor) -> torch.dtype:
     """The dtype gradients wait in until backward: float16 could not hold them before the loss is scaled."""
     return torch.float32 if logits.dtype == torch.float16 else logits.dtype
@@ -345,11 +352,14 @@ class _TokenDivergence(torch.autograd.Function):
         gradients = logits.new_empty((num_tokens if needs_gradient else 0, vocab), dtype=_gradient_dtype(logits))
         results = torch.empty((len(TokenDivergence._fields), num_tokens), dtype=dtype, device=logits.device)
         for chunk in chunks(num_tokens, vocab, CHUNK_ELEMENTS):
-            student = logits[student_index[chunk]].to(dtype)
-            ones = student.new_ones(len(student))
-            gradient = gradients[chunk] if needs_gradient else student
-            teacher_rows = teacher.rows(teacher_index[chunk]).to(dtype)
-            results[:, chunk] = divergence_rows_(student, teacher_rows, spec, student_temperature, ones, gradient)
+            # One expression, so that the logits of a chunk are gone before those of the next are made.
+            results[:, chunk] = _chunk_results(
+                logits[student_index[chunk]].to(dtype),
+                teacher.rows(teacher_index[chunk]).to(dtype),
+                spec,
+                student_temperature,
+                gradients[chunk] if needs_gradient else None,
+            )
         ctx.save_for_backward(student_index, gradients)
         ctx.logits_shape, ctx.logits_dtype = logits.shape, logits.dtype
         ctx.mark_non_differentiable(*(columns := results.unbind())[1:])

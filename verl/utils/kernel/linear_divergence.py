@@ -163,22 +163,17 @@ class _LinearDivergence(torch.autograd.Function):
     """Loss, per-token results and gradients in one pass; the backward scales the gradients."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, token_weights):
+    def forward(ctx, hidden, weight, bias, target, token_weights, needs_gradients):
         whole = LinearLogits(hidden, weight, bias)
-        head, gradients = whole.cut(target.vocab), _HeadGradients(whole, ctx.needs_input_grad[:3])
+        head = whole.cut(target.vocab)
+        gradients = _HeadGradients(whole, tuple(needs_gradients and needs for needs in ctx.needs_input_grad[:3]))
         results = hidden.new_empty((len(TokenDivergence._fields), len(hidden)), dtype=_logits_dtype(weight))
         token_weights = token_weights.to(results.dtype)
         # At most one in the products, so that the 16-bit gradients of a mean over many tokens do not vanish.
         largest = torch.linalg.vector_norm(token_weights, torch.inf) if len(hidden) else token_weights.new_ones(())
-        relative = token_weights / largest.clamp_min(torch.finfo(results.dtype).tiny)
+        largest = largest.clamp_min(torch.finfo(results.dtype).tiny)
         for chunk in _token_chunks(head):
-            student = head.rows(chunk)
-            teacher = target.logits(chunk, like=student)
-            # Over the logits, where the products with it are in the same dtype.
-            gradient = student if student.dtype == weight.dtype else torch.empty_like(student, dtype=weight.dtype)
-            results[:, chunk] = target.rows_(student, teacher, relative[chunk], gradient)
-            del student, teacher
-            gradients.add(chunk, gradient)
+            results[:, chunk] = _one_pass(head, target, chunk, token_weights[chunk] / largest, gradients)
         ctx.gradients, ctx.largest = gradients, largest
         ctx.mark_non_differentiable(results)
         return torch.dot(token_weights, results[0]), results
@@ -192,7 +187,24 @@ class _LinearDivergence(torch.autograd.Function):
                 "and handed them over; call linear_divergence again."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return (*gradients.scaled(grad_loss * ctx.largest), None, None)
+        return (*gradients.scaled(grad_loss * ctx.largest), None, None, None)
+
+
+# Each chunk is the work of one call, so that its logits are gone before those of the next are made.
+
+
+def _one_pass(
+    head: LinearLogits, target: _Target, chunk: slice, weights: torch.Tensor, gradients: _HeadGradients
+) -> torch.Tensor:
+    """Results of a chunk's tokens; adds their gradients."""
+    student = head.rows(chunk)
+    teacher = target.logits(chunk, like=student)
+    # Over the logits, where the products with it are in the same dtype.
+    gradient = student if student.dtype == head.weight.dtype else torch.empty_like(student, dtype=head.weight.dtype)
+    results = target.rows_(student, teacher, weights, gradient)
+    del student, teacher
+    gradients.add(chunk, gradient)
+    return results
 
 
 class _Policy(NamedTuple):
@@ -220,12 +232,6 @@ class _Policy(NamedTuple):
         return gradient.scatter_add_(-1, labels.unsqueeze(-1), grad_log_prob.unsqueeze(-1)).div_(temperature)
 
 
-def _blocks(chunk: slice, logits: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """Blocks of a chunk that stay in the cache: as rows of the chunk's logits, and as tokens."""
-    for rows in cache_blocks(logits):
-        yield rows, slice(chunk.start + rows.start, chunk.start + rows.stop)
-
-
 class _LinearTokenDivergence(torch.autograd.Function):
     """Per-token results; the backward projects again, see the module docstring."""
 
@@ -234,13 +240,7 @@ class _LinearTokenDivergence(torch.autograd.Function):
         head = LinearLogits(hidden, weight, bias)
         results = hidden.new_empty((2 + len(TokenDivergence._fields), len(hidden)), dtype=_logits_dtype(weight))
         for chunk in _token_chunks(head):
-            student = head.rows(chunk)
-            teacher = target.logits(chunk, like=student)
-            for rows, tokens in _blocks(chunk, student):
-                policy = _Policy.of(student[rows], labels[tokens], log_prob_temperature)
-                results[:2, tokens] = torch.stack((policy.log_prob, policy.entropy))
-                shared = student[rows, : target.vocab]
-                results[2:, tokens] = target.rows_(shared, teacher[rows], shared.new_ones(len(shared)), shared)
+            results[:, chunk] = _token_results(head, target, chunk, labels[chunk], log_prob_temperature)
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.target, ctx.log_prob_temperature = target, log_prob_temperature
         ctx.mark_non_differentiable(*(columns := results.unbind())[3:])
@@ -250,22 +250,55 @@ class _LinearTokenDivergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_log_prob, grad_entropy, grad_divergence, *_):
         *tensors, labels = ctx.saved_tensors
-        head, target, temperature = LinearLogits(*tensors), ctx.target, ctx.log_prob_temperature
+        head, temperature = LinearLogits(*tensors), ctx.log_prob_temperature
         gradients = _HeadGradients(head, ctx.needs_input_grad[:3])
+        upstream = torch.stack((grad_log_prob, grad_entropy, grad_divergence))
         with _exact(head):
             for chunk in _token_chunks(head):
-                student = head.rows(chunk)
-                teacher = target.logits(chunk, like=student)
-                for rows, tokens in _blocks(chunk, student):
-                    policy = _Policy.of(student[rows], labels[tokens], temperature)
-                    gradient = policy.gradient(labels[tokens], temperature, grad_log_prob[tokens], grad_entropy[tokens])
-                    shared = student[rows, : target.vocab]
-                    target.rows_(shared, teacher[rows], grad_divergence[tokens], shared)
-                    gradient[:, : target.vocab] += shared
-                    student[rows] = gradient
-                del teacher
-                gradients.add(chunk, student.to(head.weight.dtype))
+                gradient = _token_gradient(head, ctx.target, chunk, labels[chunk], temperature, upstream[:, chunk])
+                gradients.add(chunk, gradient)
+                del gradient
         return (*gradients.scaled(grad_log_prob.new_ones(())), None, None, None)
+
+
+def _token_results(
+    head: LinearLogits, target: _Target, chunk: slice, labels: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """log_prob, entropy and the fields of TokenDivergence, (8, chunk)."""
+    student = head.rows(chunk)
+    teacher = target.logits(chunk, like=student)
+    results = student.new_empty((2 + len(TokenDivergence._fields), len(student)))
+    for rows in cache_blocks(student):
+        policy = _Policy.of(student[rows], labels[rows], temperature)
+        results[:2, rows] = torch.stack((policy.log_prob, policy.entropy))
+        del policy
+        shared = student[rows, : target.vocab]
+        results[2:, rows] = target.rows_(shared, teacher[rows], shared.new_ones(len(shared)), shared)
+    return results
+
+
+def _token_gradient(
+    head: LinearLogits,
+    target: _Target,
+    chunk: slice,
+    labels: torch.Tensor,
+    temperature: float,
+    upstream: torch.Tensor,
+) -> torch.Tensor:
+    """With respect to the logits (chunk, V), in the weight's dtype; `upstream` (3, chunk) of log_prob, entropy, D."""
+    student = head.rows(chunk)
+    teacher = target.logits(chunk, like=student)
+    for rows in cache_blocks(student):
+        grad_log_prob, grad_entropy, grad_divergence = upstream[:, rows]
+        policy = _Policy.of(student[rows], labels[rows], temperature)
+        gradient = policy.gradient(labels[rows], temperature, grad_log_prob, grad_entropy)
+        del policy
+        shared = student[rows, : target.vocab]
+        target.rows_(shared, teacher[rows], grad_divergence, shared)
+        gradient[:, : target.vocab] += shared
+        student[rows] = gradient
+    del teacher
+    return student.to(head.weight.dtype)
 
 
 def divergence_of_head(
@@ -276,8 +309,11 @@ def divergence_of_head(
 ) -> LinearDivergence:
     """`linear_divergence` for any source of the teacher's logits, which covers no more than the head's vocabulary."""
     target = _Target(teacher, spec, spec.temperature)
+    needs_gradients = torch.is_grad_enabled()  # which a Function's forward cannot see
     with _exact(head):
-        loss, results = _LinearDivergence.apply(head.hidden, head.weight, head.bias, target, token_weights)
+        loss, results = _LinearDivergence.apply(
+            head.hidden, head.weight, head.bias, target, token_weights, needs_gradients
+        )
     tokens = TokenDivergence(*results.unbind())
     return LinearDivergence(loss, tokens.divergence, tokens)
 
@@ -337,7 +373,8 @@ def linear_divergence(
     )
     num_tokens = len(student_hidden)
     if token_weights is None:
-        token_weights = student_hidden.new_full((num_tokens,), 1.0 / max(num_tokens, 1), dtype=torch.float32)
+        dtype = _logits_dtype(student_weight)
+        token_weights = student_hidden.new_full((num_tokens,), 1.0 / max(num_tokens, 1), dtype=dtype)
     _require_per_token("token_weights", token_weights, num_tokens)
     return divergence_of_head(head, teacher, spec, token_weights)
 
@@ -360,6 +397,7 @@ def linear_token_divergence(
 
     Args:
         labels: (n,) int64, below V_s.
+        teacher_hidden, teacher_weight, teacher_bias: are read again in the backward, and must not change before it.
         log_prob_temperature: divides the student's logits for `log_prob` and `entropy`, which are taken over its
             whole vocabulary; `temperature` is that of the divergence.
         Everything else as in `linear_divergence`.
@@ -377,6 +415,8 @@ def linear_token_divergence(
         spec,
     )
     _require_per_token("labels", labels, len(student_hidden))
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}: pass int64 token ids.")
     return tokens_of_head(head, teacher, spec, labels, log_prob_temperature)
 
 
