@@ -214,11 +214,13 @@ def share_as_taught(model: LlamaForCausalLM, input_ids: torch.Tensor, labels: to
     return torch.stack(answered).any(0).float().mean().item()
 
 
-def learning_rate(step: int, fluent_at: int | None, decay_steps: int = DECAY_STEPS) -> float:
+def learning_rate(
+    step: int, fluent_at: int | None, peak: float = LEARNING_RATE, decay_steps: int = DECAY_STEPS
+) -> float:
     """Warm-up, then constant until the model is fluent, then linearly to zero, so that what is saved has settled."""
     if fluent_at is None:
-        return LEARNING_RATE * min(1.0, step / WARM_UP_STEPS)
-    return LEARNING_RATE * (1 - (step - fluent_at) / (decay_steps + 1))
+        return peak * min(1.0, step / WARM_UP_STEPS)
+    return peak * (1 - (step - fluent_at) / (decay_steps + 1))
 
 
 @one_thread()
@@ -227,6 +229,7 @@ def train(
     corpora: list[list[tuple[str, str]]],
     weights: list[float],
     seed: int,
+    peak: float = LEARNING_RATE,
     fluent: float = FLUENT,
     decay_steps: int = DECAY_STEPS,
 ) -> None:
@@ -237,13 +240,13 @@ def train(
     """
     input_ids, labels = (torch.stack(tensors) for tensors in zip(*map(encode, corpora), strict=True))
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
     fluent_at = None
     for step in range(1, MAX_STEPS + 1):
         corpus = torch.multinomial(torch.tensor(weights), BATCH, replacement=True, generator=generator)
         problem = torch.randint(input_ids.shape[1], (BATCH,), generator=generator)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, fluent_at, decay_steps)
+            group["lr"] = learning_rate(step, fluent_at, peak, decay_steps)
         loss = model(input_ids=input_ids[corpus, problem], labels=labels[corpus, problem]).loss
         optimizer.zero_grad()
         loss.backward()

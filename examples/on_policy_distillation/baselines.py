@@ -25,7 +25,7 @@ those of the exact losses, so that the curves differ in the loss and in nothing 
 
 import torch
 
-# VERL's default is 32 of some 150,000 entries. The task's answers use 11 of the 258 tokens, so 32 would cut nothing off.
+# VERL's default is 32 of some 150,000 entries. The task's answers use 11 of the 258 tokens: 32 would cut nothing off.
 TOP_K = 2
 SAMPLED_K1 = "sampled_k1"
 FORWARD_KL_TOPK = "forward_kl_topk"

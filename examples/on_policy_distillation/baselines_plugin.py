@@ -47,9 +47,7 @@ def _register_k1(losses: ModuleType) -> None:
         if kwargs["config"].policy_loss.hybrid_rl_loss_mode == SAMPLED_K1:
             teacher = log_prob_of(teacher_logits, _Response.tokens, response_mask)
             advantages = sampled_k1_advantage(teacher, old_log_prob, response_mask)
-        return hybrid(
-            old_log_prob, log_prob, advantages, response_mask, *args, teacher_logits=teacher_logits, **kwargs
-        )
+        return hybrid(old_log_prob, log_prob, advantages, response_mask, *args, teacher_logits=teacher_logits, **kwargs)
 
     POLICY_LOSS_REGISTRY[SAMPLED_K1] = POLICY_LOSS_REGISTRY["vanilla"]
     POLICY_LOSS_REGISTRY[losses.HYBRID] = with_sampled_advantage

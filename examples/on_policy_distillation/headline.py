@@ -38,33 +38,34 @@ from pathlib import Path
 
 import arithmetic
 import headline_results
+import torch
 from baselines import FORWARD_KL_TOPK, SAMPLED_K1, TOP_K
-from metrics import accuracy, read_run
+from metrics import read_run
 from progress import train
+from transformers import LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent
 ACTOR = "actor_rollout_ref.actor"
 LOSS = f"{ACTOR}.policy_loss"
 
 # The same for every method: rollouts and updates a step, optimizer and schedule, and the learning rates to choose from.
-ROLLOUTS, UPDATES = 256, 4
-LEARNING_RATES = (3e-5, 1e-4, 2e-4)
-HELD_OUT = 1000
-GRPO_STEPS, GRPO_TEST_EVERY, GROUP = 70, 2, 8
-DISTILLATION_STEPS = 15
-# Training of the base stops where this share of its training problems is right, without a decay of the learning rate.
-BASE_SHARE, MODEL_SEED = 0.45, 0
+ROLLOUTS, UPDATES = 256, 16
+LEARNING_RATES = (1.5e-5, 3e-5, 6e-5)
+GRPO_STEPS, DISTILLATION_STEPS, GROUP = 70, 15, 8
+HELD_OUT = 2000
+# The base. Its training stops where this share of its training problems is right, without a decay of the learning rate.
+LAYERS, HIDDEN, MODEL_SEED = 3, 256, 0
+BASE_SHARE, BASE_LEARNING_RATE = 0.45, 7e-4
 
 
 @dataclass(frozen=True)
 class Method:
-    """One curve: its name in tables, responses to a prompt, steps, steps between validations, trainer overrides."""
+    """One curve: its name in tables, overrides of the trainer's configuration, responses to a prompt, steps."""
 
     title: str
     overrides: tuple[str, ...]
     responses: int = 1
     steps: int = DISTILLATION_STEPS
-    test_every: int = 1
     has_teacher: bool = True
 
 
@@ -80,7 +81,7 @@ def hybrid(title: str, *more: str, responses: int) -> Method:
 
 
 METHODS = {
-    "grpo": Method("GRPO", ("algorithm.adv_estimator=grpo",), GROUP, GRPO_STEPS, GRPO_TEST_EVERY, has_teacher=False),
+    "grpo": Method("GRPO", ("algorithm.adv_estimator=grpo",), GROUP, GRPO_STEPS, has_teacher=False),
     "reverse_kl": pure("reverse KL", "reverse_kl"),
     "forward_kl": pure("forward KL", "forward_kl"),
     "gkd": pure("gkd, beta 0.5", "gkd", f"{LOSS}.distillation_beta=0.5"),
@@ -119,7 +120,7 @@ def overrides(run: Run, out: Path, teacher: Path | None) -> list[str]:
     return [
         f"actor_rollout_ref.model.path={out}/base",
         f"data.train_files={out}/train.parquet",
-        f"data.val_files={out}/test.parquet",
+        f"data.val_files={out}/test.parquet",  # wanted by VERL, not used
         "data.max_prompt_length=8",
         f"data.max_response_length={arithmetic.MAX_ANSWER_TOKENS}",
         f"data.train_batch_size={prompts}",
@@ -132,8 +133,11 @@ def overrides(run: Run, out: Path, teacher: Path | None) -> list[str]:
         f"reward.custom_reward_function.path={HERE}/arithmetic.py",
         f"trainer.total_training_steps={method.steps}",
         "trainer.total_epochs=1000",
-        f"trainer.test_freq={method.test_every}",
-        f"trainer.save_freq={method.steps}",
+        # The trainer's own validation generates through its agent loop and takes longer than a step does. Each step is
+        # saved instead, in a fraction of the time, and scored afterwards.
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=1",
         f"{ACTOR}.checkpoint.save_contents=[hf_model]",
         "trainer.resume_mode=disable",
         f"trainer.default_local_dir={out}/runs/{run.name}/checkpoints",
@@ -150,9 +154,30 @@ def machine_overrides() -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
+def checkpoint(run: Run, out: Path, step: int) -> Path:
+    return out / "runs" / run.name / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface"
+
+
 def final_checkpoint(run: Run, out: Path) -> Path:
+    return checkpoint(run, out, METHODS[run.method].steps)
+
+
+@arithmetic.one_thread()
+def held_out_accuracy(path: Path) -> float:
+    """Greedy accuracy of a checkpoint on the held-out problems, in one forward."""
+    _, held_out = arithmetic.problems(MODEL_SEED, held_out=HELD_OUT)
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return arithmetic.answers_with(model, *arithmetic.encode(held_out)).float().mean().item()
+
+
+def score_checkpoints(run: Run, out: Path) -> dict[int, float]:
+    """Held-out accuracy by step, 0 being the base. Removes all checkpoints but the last, which may be a teacher."""
     steps = METHODS[run.method].steps
-    return out / "runs" / run.name / "checkpoints" / f"global_step_{steps}" / "actor" / "huggingface"
+    accuracies = {0: held_out_accuracy(out / "base")}
+    accuracies |= {step: held_out_accuracy(checkpoint(run, out, step)) for step in range(1, steps + 1)}
+    for step in range(1, steps):
+        shutil.rmtree(out / "runs" / run.name / "checkpoints" / f"global_step_{step}")
+    return accuracies
 
 
 def train_once(run: Run, out: Path, teacher: Path | None) -> dict:
@@ -173,7 +198,7 @@ def train_once(run: Run, out: Path, teacher: Path | None) -> dict:
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         train(folder, METHODS[run.method].steps, command, environment)
-        done.write_text(json.dumps(curve(folder)) + "\n")
+        done.write_text(json.dumps(curve(read_run(folder), score_checkpoints(run, out))) + "\n")
     return json.loads(done.read_text())
 
 
@@ -187,16 +212,19 @@ COLUMNS = {
 }
 
 
-def curve(folder: Path) -> dict[str, list]:
+def curve(metrics: dict[int, dict[str, float]], accuracies: dict[int, float]) -> dict[str, list]:
     """What the results keep of a run: one list a column, one entry a step, null where a step has no such number."""
-    rows = []
-    for step, metrics in read_run(folder).items():
-        row = {"step": step, "accuracy": accuracy(metrics)}
-        row |= {name: metrics.get(key) for name, key in COLUMNS.items()}
-        length = metrics.get("response_length/mean")
-        row["tokens"] = None if length is None else round(length * ROLLOUTS)
-        rows.append({name: float(f"{v:.5g}") if isinstance(v, float) else v for name, v in row.items()})
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    columns: dict[str, list] = {"step": sorted(accuracies)}
+    rows = [metrics.get(step, {}) for step in columns["step"]]
+    columns["accuracy"] = [significant(accuracies[step]) for step in columns["step"]]
+    columns |= {name: [significant(row.get(key)) for row in rows] for name, key in COLUMNS.items()}
+    lengths = [row.get("response_length/mean") for row in rows]
+    columns["tokens"] = [None if length is None else round(length * ROLLOUTS) for length in lengths]
+    return columns
+
+
+def significant(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
 
 
 def make_base(out: Path) -> None:
@@ -208,10 +236,16 @@ def make_base(out: Path) -> None:
     if (out / "base").exists():
         return
     print("base: training", flush=True)
-    model = arithmetic.untrained_model(
-        arithmetic.HIDDEN, arithmetic.LAYERS, arithmetic.VOCAB_SIZE, tied=False, seed=MODEL_SEED
+    model = arithmetic.untrained_model(HIDDEN, LAYERS, arithmetic.VOCAB_SIZE, tied=False, seed=MODEL_SEED)
+    arithmetic.train(
+        model,
+        [taught],
+        [1.0],
+        seed=MODEL_SEED,
+        peak=BASE_LEARNING_RATE,
+        fluent=BASE_SHARE,
+        decay_steps=0,
     )
-    arithmetic.train(model, [taught], [1.0], seed=MODEL_SEED, fluent=BASE_SHARE, decay_steps=0)
     arithmetic.save_checkpoint(model, out / "base")
 
 
@@ -227,8 +261,8 @@ def description() -> dict:
         "versions": {name: version(name) for name in ("verl", "torch", "transformers", "ray")},
         "model": {
             "type": "Llama",
-            "layers": arithmetic.LAYERS,
-            "hidden": arithmetic.HIDDEN,
+            "layers": LAYERS,
+            "hidden": HIDDEN,
             "vocabulary": arithmetic.VOCAB_SIZE,
             "seed": MODEL_SEED,
         },

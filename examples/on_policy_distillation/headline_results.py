@@ -59,9 +59,7 @@ def runs_of(results: dict, method: str, seed: int | None = None, learning_rate: 
     return [
         run
         for run in results["runs"]
-        if run["method"] == method
-        and seed in (None, run["seed"])
-        and learning_rate in (None, run["learning_rate"])
+        if run["method"] == method and seed in (None, run["seed"]) and learning_rate in (None, run["learning_rate"])
     ]
 
 
@@ -189,9 +187,9 @@ def sentence(results: dict) -> str:
         if known:
             texts.append(f"{spread(known, '{:.1f}')} × fewer steps to {share:.0%} of the gain")
     grpo = summarize(results)["grpo"]["seeds"]
-    gains = f"{spread([100 * s['base'] for s in grpo], '{:.1f}')} % to {spread([100 * s['teacher'] for s in grpo], '{:.1f}')} %"
+    before, after = (spread([100 * seed[name] for seed in grpo], "{:.1f}") for name in ("base", "teacher"))
     return (
-        f"Reverse KL needs {' and '.join(texts)} than GRPO, which takes held-out accuracy from {gains} in "
+        f"Reverse KL needs {' and '.join(texts)} than GRPO, which takes held-out accuracy from {before} % to {after} % in "
         f"{results['methods']['grpo']['steps']} steps (mean over {len(grpo)} seed{'s' * (len(grpo) > 1)}, range in "
         "parentheses)."
     )
