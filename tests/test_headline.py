@@ -122,7 +122,7 @@ def test_costs_leave_the_base_out():
 def test_text_of_known_curves():
     text = headline_picture.readme_block(results(), "picture.svg")
     assert "3.3 (2.7–4.0) × fewer steps to 100% of the gain" in text
-    assert "| reverse KL | 0.01 | 2 | 80.0 % | 2 (1–2) | 2 (2–3) |" in text
+    assert "| reverse KL | 0.01 | 2 | 80.0 % | 1.5 (1–2) | 2.5 (2–3) |" in text
     assert "| k1 | 0.001 | 1 | 60.0 % | > 3 | > 3 | – | – |" in text
     assert "not run yet" not in text
 

@@ -15,8 +15,8 @@
 
     python generations.py FOLDER
 
-FOLDER is that of a finished quickstart. Writes FOLDER/generations/before.jsonl and after.jsonl, for the base and for the
-trained student, in the format of `report.py`.
+FOLDER is that of a finished quickstart. Writes FOLDER/generations/before.jsonl and after.jsonl, for the base and for
+the trained student, in the format of `report.py`.
 """
 
 import json

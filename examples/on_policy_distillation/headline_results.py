@@ -161,8 +161,8 @@ def table(results: dict) -> str:
         lines.append(
             f"| {results['methods'][method]['title']} | {row['learning_rate']:g} | {len(seeds)} "
             f"| {spread([100 * seed['final'] for seed in seeds], '{:.1f}')} % "
-            f"| {cell(results, method, seeds, 0.95, 'steps', '{:.0f}')} "
-            f"| {cell(results, method, seeds, 1.0, 'steps', '{:.0f}')} "
+            f"| {cell(results, method, seeds, 0.95, 'steps', '{:.3g}')} "
+            f"| {cell(results, method, seeds, 1.0, 'steps', '{:.3g}')} "
             f"| {cell(results, method, seeds, 0.95, 'tokens', '{:.1f} k', 1e-3)} "
             f"| {cell(results, method, seeds, 0.95, 'seconds', '{:.0f}')} |"
         )
