@@ -99,7 +99,6 @@ METHODS = {
         responses=1,
     ),
 }
-MAIN = ("grpo", "reverse_kl")  # those with several seeds
 
 
 @dataclass(frozen=True)

@@ -169,19 +169,22 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def grid_cell(results: dict, method: str, learning_rate: float) -> str:
+    """Mean and last accuracy of seed 0, bold for the best learning rate; empty if there is no such run."""
+    for run in runs_of(results, method, 0, learning_rate):
+        accuracies = validated(run["curve"])
+        text = f"{statistics.fmean(accuracies.values()):.1%}, {accuracies[max(accuracies)]:.1%}"
+        return f"**{text}**" if learning_rate == best_learning_rate(results, method) else text
+    return ""
+
+
 def grid_table(results: dict) -> str:
     """Markdown: every learning rate of the grid with seed 0, by mean and last held-out accuracy."""
     rates = results["learning_rates"]
     lines = ["| Method | " + " | ".join(f"lr {rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
     for method, described in results["methods"].items():
-        cells = []
-        for rate in rates:
-            for run in runs_of(results, method, 0, rate):
-                accuracies = validated(run["curve"])
-                mean, last = statistics.fmean(accuracies.values()), accuracies[max(accuracies)]
-                text = f"{mean:.1%}, {last:.1%}"
-                cells.append(f"**{text}**" if rate == best_learning_rate(results, method) else text)
-        if cells:
+        cells = [grid_cell(results, method, rate) for rate in rates]
+        if any(cells):
             lines.append(f"| {described['title']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -201,7 +204,7 @@ def sentence(results: dict) -> str:
     return (
         f"GRPO takes held-out accuracy from {before} % to {after} % in {results['methods']['grpo']['steps']} steps. "
         f"Reverse KL to that result, from the same base: {'; '.join(ratio_text(results, share) for share in SHARES)} "
-        f"(mean over {len(grpo)} seed{'s' * (len(grpo) > 1)}, range in parentheses)."
+        f"({'one seed' if len(grpo) == 1 else f'mean over {len(grpo)} seeds, range in parentheses'})."
     )
 
 

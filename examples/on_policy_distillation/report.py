@@ -130,19 +130,20 @@ def picture(draw, title: str, *arguments: Any) -> str:
 
 
 def draw_lines(axes, curves: list[tuple[str, tuple[list[int], list[float]], str]], label: str) -> bool:
-    """`curves`: name, (steps, values), line style. Curves of one name share a colour."""
-    colours: dict[str, str] = {}
+    """`curves`: name, (steps, values), line style. A run has the same colour in every picture, whatever it lacks."""
+    names = list(dict.fromkeys(name for name, _, _ in curves))
+    drawn: set[str] = set()
     for name, (steps, values), style in curves:
         if steps:
-            legend = None if name in colours else name
-            (line,) = axes.plot(steps, values, style, color=colours.get(name), label=legend, markersize=3)
-            colours[name] = line.get_color()
+            legend = None if name in drawn else name
+            axes.plot(steps, values, style, color=f"C{names.index(name)}", label=legend, markersize=3)
+            drawn.add(name)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    if colours:
+    if drawn:
         axes.legend()
-    return bool(colours)
+    return bool(drawn)
 
 
 def draw_metric(axes, runs: dict[str, Metrics], key: str, label: str) -> bool:
@@ -177,7 +178,7 @@ def draw_phases(axes, runs: dict[str, Metrics]) -> bool:
             left = {name: left[name] + width for name, width in zip(seconds, widths, strict=True)}
     axes.set_xlabel("seconds a step, mean")
     if seconds:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return bool(seconds)
 
 
