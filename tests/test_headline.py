@@ -81,6 +81,7 @@ def results():
         "learning_rates": [1e-3, 1e-2],
         "rollouts_per_step": 256,
         "updates_per_step": 4,
+        "jobs": 2,
         "model": {"type": "Llama", "layers": 1, "hidden": 32},
         "machine": {"cpu": "some CPU", "cores": 2},
         "versions": {"verl": "0.9.1"},
@@ -187,6 +188,27 @@ def test_a_run_s_curve_has_its_metrics_and_accuracies():
         "seconds": [None, 2.0],
         "tokens": [None, round(3.5 * headline.ROLLOUTS)],
     }
+
+
+def test_every_run_is_trained_once_in_the_order_of_its_teachers(tmp_path, monkeypatch):
+    trained = []
+
+    def train_once(run, out, teacher):
+        trained.append((run.name, teacher and teacher.relative_to(out).parts[1]))
+        return curve([0.4, 0.5, 0.9 if run.learning_rate == headline.LEARNING_RATES[1] else 0.6])
+
+    monkeypatch.setattr(headline, "train_once", train_once)
+    experiment = headline.Experiment(tmp_path, tmp_path / "results" / "headline.json", jobs=1)
+    experiment.run(seeds=2)
+    best = f"{headline.LEARNING_RATES[1]:g}"
+    grid = len(headline.LEARNING_RATES)
+    assert len(trained) == len(set(trained)) == grid * len(headline.METHODS) + 2
+    assert [teacher for _, teacher in trained[:grid]] == [None] * grid
+    assert {teacher for _, teacher in trained[grid:-2]} == {f"grpo-lr{best}-seed0"}
+    assert trained[-2:] == [(f"grpo-lr{best}-seed1", None), (f"reverse_kl-lr{best}-seed1", f"grpo-lr{best}-seed1")]
+    written = headline_results.read(tmp_path / "results" / "headline.json")
+    assert len(written["runs"]) == len(trained)
+    assert headline_picture.readme_block(written, "picture.svg")
 
 
 def logits(seed, *shape):

@@ -13,7 +13,7 @@
 # limitations under the License.
 """The headline experiment: how many steps RL needs, and how many on-policy distillation needs for the same gain.
 
-    python headline.py [--out DIR] [--results FILE] [--seeds N]
+    python headline.py [--out DIR] [--results FILE] [--seeds N] [--jobs N]
 
 1. A base model that adds two-digit numbers, some of them right.
 2. GRPO from that base, once for each learning rate of the grid. The result at the best one is the teacher.
@@ -32,6 +32,7 @@ import os
 import platform
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -51,7 +52,8 @@ LOSS = f"{ACTOR}.policy_loss"
 # The same for every method: rollouts and updates a step, optimizer and schedule, and the learning rates to choose from.
 ROLLOUTS, UPDATES = 256, 16
 LEARNING_RATES = (1.5e-5, 3e-5, 6e-5)
-GRPO_STEPS, DISTILLATION_STEPS, GROUP = 70, 15, 8
+GRPO_STEPS, GRPO_SCORE_EVERY, GROUP = 70, 2, 8
+DISTILLATION_STEPS = 15
 HELD_OUT = 2000
 # The base. Its training stops where this share of its training problems is right, without a decay of the learning rate.
 LAYERS, HIDDEN, MODEL_SEED = 3, 256, 0
@@ -60,12 +62,14 @@ BASE_SHARE, BASE_LEARNING_RATE = 0.45, 7e-4
 
 @dataclass(frozen=True)
 class Method:
-    """One curve: its name in tables, overrides of the trainer's configuration, responses to a prompt, steps."""
+    """One curve: its name in tables, overrides of the trainer's configuration, responses to a prompt, steps,
+    and steps from one that is scored on the held-out problems to the next."""
 
     title: str
     overrides: tuple[str, ...]
     responses: int = 1
     steps: int = DISTILLATION_STEPS
+    score_every: int = 1
     has_teacher: bool = True
 
 
@@ -81,7 +85,7 @@ def hybrid(title: str, *more: str, responses: int) -> Method:
 
 
 METHODS = {
-    "grpo": Method("GRPO", ("algorithm.adv_estimator=grpo",), GROUP, GRPO_STEPS, has_teacher=False),
+    "grpo": Method("GRPO", ("algorithm.adv_estimator=grpo",), GROUP, GRPO_STEPS, GRPO_SCORE_EVERY, has_teacher=False),
     "reverse_kl": pure("reverse KL", "reverse_kl"),
     "forward_kl": pure("forward KL", "forward_kl"),
     "gkd": pure("gkd, beta 0.5", "gkd", f"{LOSS}.distillation_beta=0.5"),
@@ -132,11 +136,11 @@ def overrides(run: Run, out: Path, teacher: Path | None) -> list[str]:
         f"reward.custom_reward_function.path={HERE}/arithmetic.py",
         f"trainer.total_training_steps={method.steps}",
         "trainer.total_epochs=1000",
-        # The trainer's own validation generates through its agent loop and takes longer than a step does. Each step is
+        # The trainer's own validation generates through its agent loop and takes longer than a step does. Steps are
         # saved instead, in a fraction of the time, and scored afterwards.
         "trainer.val_before_train=False",
         "trainer.test_freq=-1",
-        "trainer.save_freq=1",
+        f"trainer.save_freq={method.score_every}",
         f"{ACTOR}.checkpoint.save_contents=[hf_model]",
         "trainer.resume_mode=disable",
         f"trainer.default_local_dir={out}/runs/{run.name}/checkpoints",
@@ -161,7 +165,6 @@ def final_checkpoint(run: Run, out: Path) -> Path:
     return checkpoint(run, out, METHODS[run.method].steps)
 
 
-@arithmetic.one_thread()
 def held_out_accuracy(path: Path) -> float:
     """Greedy accuracy of a checkpoint on the held-out problems, in one forward."""
     _, held_out = arithmetic.problems(MODEL_SEED, held_out=HELD_OUT)
@@ -171,10 +174,11 @@ def held_out_accuracy(path: Path) -> float:
 
 def score_checkpoints(run: Run, out: Path) -> dict[int, float]:
     """Held-out accuracy by step, 0 being the base. Removes all checkpoints but the last, which may be a teacher."""
-    steps = METHODS[run.method].steps
+    method = METHODS[run.method]
+    scored = range(method.score_every, method.steps + 1, method.score_every)
     accuracies = {0: held_out_accuracy(out / "base")}
-    accuracies |= {step: held_out_accuracy(checkpoint(run, out, step)) for step in range(1, steps + 1)}
-    for step in range(1, steps):
+    accuracies |= {step: held_out_accuracy(checkpoint(run, out, step)) for step in scored}
+    for step in scored[:-1]:
         shutil.rmtree(out / "runs" / run.name / "checkpoints" / f"global_step_{step}")
     return accuracies
 
@@ -186,7 +190,6 @@ def train_once(run: Run, out: Path, teacher: Path | None) -> dict:
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        print(f"\n{run.name}", flush=True)
         command = [
             *(sys.executable, "-m", "verl.trainer.main_ppo", *machine_overrides()),
             *overrides(run, out, teacher),
@@ -196,7 +199,7 @@ def train_once(run: Run, out: Path, teacher: Path | None) -> dict:
             "VERL_USE_EXTERNAL_MODULES": "verl.plugin.cpu,baselines_plugin",
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
-        train(folder, METHODS[run.method].steps, command, environment)
+        train(folder, METHODS[run.method].steps, command, environment, label=f"{run.name}   ")
         done.write_text(json.dumps(curve(read_run(folder), score_checkpoints(run, out))) + "\n")
     return json.loads(done.read_text())
 
@@ -213,13 +216,15 @@ COLUMNS = {
 
 def curve(metrics: dict[int, dict[str, float]], accuracies: dict[int, float]) -> dict[str, list]:
     """What the results keep of a run: one list a column, one entry a step, null where a step has no such number."""
-    columns: dict[str, list] = {"step": sorted(accuracies)}
-    rows = [metrics.get(step, {}) for step in columns["step"]]
-    columns["accuracy"] = [significant(accuracies[step]) for step in columns["step"]]
-    columns |= {name: [significant(row.get(key)) for row in rows] for name, key in COLUMNS.items()}
+    steps = sorted(metrics.keys() | accuracies.keys())
+    rows = [metrics.get(step, {}) for step in steps]
     lengths = [row.get("response_length/mean") for row in rows]
-    columns["tokens"] = [None if length is None else round(length * ROLLOUTS) for length in lengths]
-    return columns
+    return {
+        "step": steps,
+        "accuracy": [significant(accuracies.get(step)) for step in steps],
+        **{name: [significant(row.get(key)) for row in rows] for name, key in COLUMNS.items()},
+        "tokens": [None if length is None else round(length * ROLLOUTS) for length in lengths],
+    }
 
 
 def significant(value: float | None) -> float | None:
@@ -280,34 +285,38 @@ def description() -> dict:
 
 
 class Experiment:
-    """Trains what is missing, in the order in which runs need each other, and keeps the results file up to date."""
+    """Trains what is missing, in the order in which runs need each other, and keeps the results file up to date.
 
-    def __init__(self, out: Path, results_path: Path):
-        self.out, self.results_path = out, results_path
-        self.results = description() | {"runs": []}
+    Args:
+        jobs: runs that are trained at the same time. They share the cores, so the seconds of a step grow with it.
+    """
 
-    def curve(self, run: Run, teacher: Path | None = None) -> None:
-        measured = train_once(run, self.out, teacher)
-        record = {"method": run.method, "learning_rate": run.learning_rate, "seed": run.seed, "curve": measured}
-        self.results["runs"].append(record)
-        self.results_path.parent.mkdir(parents=True, exist_ok=True)
-        headline_results.write(self.results, self.results_path)
+    def __init__(self, out: Path, results_path: Path, jobs: int):
+        self.out, self.results_path, self.jobs = out, results_path, jobs
+        self.results = description() | {"jobs": jobs, "runs": []}
 
-    def grid(self, method: str, teacher: Path | None = None) -> float:
-        """Seed 0 at every learning rate. Returns the best one."""
-        for learning_rate in LEARNING_RATES:
-            self.curve(Run(method, learning_rate, 0), teacher)
+    def train(self, runs: list[tuple[Run, Path | None]]) -> None:
+        """Train runs, each with its teacher, that do not depend on each other."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for (run, _), measured in zip(
+                runs, pool.map(lambda pair: train_once(pair[0], self.out, pair[1]), runs), strict=True
+            ):
+                self.results["runs"].append(vars(run) | {"curve": measured})
+                self.results_path.parent.mkdir(parents=True, exist_ok=True)
+                headline_results.write(self.results, self.results_path)
+
+    def best(self, method: str) -> float:
         return headline_results.best_learning_rate(self.results, method)
 
+    def teacher(self, seed: int) -> Path:
+        return final_checkpoint(Run("grpo", self.best("grpo"), seed), self.out)
+
     def run(self, seeds: int) -> None:
-        best = {"grpo": self.grid("grpo")}
-        teacher = final_checkpoint(Run("grpo", best["grpo"], 0), self.out)
-        for method in [name for name in METHODS if name != "grpo"]:
-            best[method] = self.grid(method, teacher)
-        for seed in range(1, seeds):
-            self.curve(Run("grpo", best["grpo"], seed))
-            teacher = final_checkpoint(Run("grpo", best["grpo"], seed), self.out)
-            self.curve(Run("reverse_kl", best["reverse_kl"], seed), teacher)
+        self.train([(Run("grpo", rate, 0), None) for rate in LEARNING_RATES])
+        distilled = [name for name, method in METHODS.items() if method.has_teacher]
+        self.train([(Run(name, rate, 0), self.teacher(0)) for name in distilled for rate in LEARNING_RATES])
+        self.train([(Run("grpo", self.best("grpo"), seed), None) for seed in range(1, seeds)])
+        self.train([(Run("reverse_kl", self.best("reverse_kl"), seed), self.teacher(seed)) for seed in range(1, seeds)])
 
 
 def main() -> None:
@@ -316,11 +325,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=root / "runs" / "headline", help="models, data and runs")
     parser.add_argument("--results", type=Path, help="where the measurements go; by default OUT/headline.json")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of GRPO and reverse KL")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     arithmetic.quiet()
     make_base(out)
-    experiment = Experiment(out, arguments.results or out / "headline.json")
+    experiment = Experiment(out, arguments.results or out / "headline.json", arguments.jobs)
     experiment.run(arguments.seeds)
     print(headline_results.table(experiment.results))
     print(f"\nresults: {experiment.results_path}")

@@ -214,7 +214,8 @@ def conditions(results: dict) -> str:
         f"VERL {results['versions']['verl']}'s trainer on {machine['cores']} cores of {machine['cpu']}, no GPU; "
         f"{model['type']} with {model['layers']} layers of width {model['hidden']}, two-digit addition, "
         f"{results['held_out']} held-out problems, greedy decoding; {results['rollouts_per_step']} rollouts and "
-        f"{results['updates_per_step']} updates a step for every method."
+        f"{results['updates_per_step']} updates a step for every method; {results['jobs']} run"
+        f"{'s' * (results['jobs'] > 1)} at a time."
     )
 
 

@@ -60,31 +60,33 @@ def seconds_left(run: dict[int, dict[str, float]], step: int, steps: int) -> flo
     return (steps - step) * sum(took) / len(took) if took and step < steps else None
 
 
-def follow(process: subprocess.Popen, path: Path, steps: int) -> int:
-    """Print each step as it is logged, until the trainer ends. Returns its exit code."""
+def follow(process: subprocess.Popen, path: Path, steps: int, label: str = "") -> int:
+    """Print each step as it is logged, after `label`, until the trainer ends. Returns its exit code."""
     shown: set[int] = set()
     while True:
         ended = process.poll() is not None  # asked first: what was logged before the end is then still read
         run = read_metrics(path)
         for step, metrics in run.items():
             if step not in shown:
-                print(step_line(step, steps, metrics, seconds_left(run, step, steps)), flush=True)
+                print(label + step_line(step, steps, metrics, seconds_left(run, step, steps)), flush=True)
                 shown.add(step)
         if ended:
             return process.returncode
         time.sleep(POLL_SECONDS)
 
 
-def train(folder: Path, steps: int, command: list[str], environment: dict[str, str] | None = None) -> None:
+def train(
+    folder: Path, steps: int, command: list[str], environment: dict[str, str] | None = None, label: str = ""
+) -> None:
     """Run the trainer `command` with its metrics and output in `folder`; exits with its last lines if it fails."""
     path = next_metric_file(folder)
     log_path = folder / "train.log"
-    print(f"training with VERL; its output is in {log_path} (the first step takes about a minute)", flush=True)
+    print(f"{label}training with VERL; its output is in {log_path} (the first step takes about a minute)", flush=True)
     environment = os.environ | (environment or {}) | {"VERL_FILE_LOGGER_PATH": str(path.resolve())}
     with open(log_path, "a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
-            code = follow(process, path, steps)
+            code = follow(process, path, steps, label)
         except KeyboardInterrupt:
             process.wait()
             raise
