@@ -13,19 +13,14 @@
 # limitations under the License.
 """The headline experiment: its numbers from hand-made curves, its baselines, and the README from the results."""
 
-import math
-
 import headline
 import headline_picture
 import headline_results
 import pytest
 import torch
-from baselines import forward_kl_topk, log_prob_of, sampled_k1_advantage
+from baselines import forward_kl_topk, sampled_k1_advantages
 from conftest import ROOT
 from headline_results import best_learning_rate, cost, ratios, standard_error, steps_until, summarize
-
-from verl.trainer.ppo.on_policy_distillation import TeacherLogits
-from verl.utils.divergence import DenseLogits
 
 RESULTS = ROOT / "examples" / "on_policy_distillation" / "results" / "headline.json"
 
@@ -232,18 +227,31 @@ def test_truncated_forward_kl_of_the_whole_vocabulary_is_forward_kl():
     torch.testing.assert_close(gradient, log_s.exp() - log_t.exp())
 
 
+def jagged(*rows):
+    return torch.nested.nested_tensor([torch.as_tensor(row) for row in rows], layout=torch.jagged)
+
+
+@pytest.mark.parametrize("is_projected", [False, True])
+def test_sampled_k1_is_the_log_ratio_of_the_sampled_tokens(is_projected):
+    hidden, weight, bias = logits(0, 3, 4).float(), logits(1, 7, 4).float(), logits(2, 7).float()
+    log_t = (hidden @ weight.T + bias).log_softmax(-1)
+    payload = hidden if is_projected else hidden @ weight.T + bias
+    advantages = sampled_k1_advantages(
+        jagged(payload[:2], payload[2:]),
+        weight if is_projected else None,
+        bias if is_projected else None,
+        responses=jagged([6, 0], [2]),
+        old_log_probs=jagged([-1.0, -2.0], [-3.0]),
+    )
+    expected = torch.tensor([[log_t[0, 6] + 1.0, log_t[1, 0] + 2.0], [log_t[2, 2] + 3.0, 0.0]])
+    torch.testing.assert_close(advantages.to_padded_tensor(0.0), expected)
+
+
 def test_sampled_k1_is_minus_the_reverse_kl_on_average():
     """Over every token as often as the student says it."""
     log_s, log_t = logits(0, 7).log_softmax(-1), logits(1, 7).log_softmax(-1)
-    advantage = sampled_k1_advantage(log_t.unsqueeze(0), log_s.unsqueeze(0), torch.ones(1, 7))
-    assert (log_s.exp() * advantage[0]).sum() == pytest.approx(-(log_s.exp() * (log_s - log_t)).sum().item())
-
-
-def test_log_prob_of_the_response_tokens():
-    values = logits(0, 3, 5).float()  # rows: (0, 0), (0, 1), (1, 0)
-    teacher = TeacherLogits(DenseLogits(values), torch.tensor([[0, 1], [2, 0]]))
-    mask, tokens = torch.tensor([[1, 1], [1, 0]]), torch.tensor([[4, 0], [2, 0]])
-    log_t = values.log_softmax(-1)
-    expected = torch.tensor([[log_t[0, 4], log_t[1, 0]], [log_t[2, 2], 0.0]])
-    torch.testing.assert_close(log_prob_of(teacher, tokens, mask), expected)
-    assert math.isfinite(log_prob_of(teacher, tokens, mask).sum())
+    advantages = sampled_k1_advantages(
+        jagged(log_t.expand(7, 7)), None, None, responses=jagged(list(range(7))), old_log_probs=jagged(log_s)
+    )
+    expected = -(log_s.exp() * (log_s - log_t)).sum().item()
+    assert (log_s.exp() * advantages.values()).sum().item() == pytest.approx(expected, rel=1e-6)

@@ -103,6 +103,12 @@ def test_tokens_are_escaped_coloured_by_their_kl_and_explained():
     assert ">&lt;</span>" in text and "<<" not in text
 
 
+def test_a_token_that_is_not_in_the_loss_has_no_colour():
+    entry = record(kl=[None, 1.0], teacher_top=[None, [["3", 0.9]]], student_top=[None, [["3", 0.8]]])
+    text = report.generations({"step 3": [entry]})
+    assert 'title="not in the loss">&lt;</span>' in text and text.count("background:rgba") == 1
+
+
 def test_the_page_is_one_file_with_its_pictures(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     write_metrics(tmp_path / "metrics.jsonl")

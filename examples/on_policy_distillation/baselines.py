@@ -46,21 +46,29 @@ def forward_kl_topk(log_s: torch.Tensor, log_t: torch.Tensor, k: int) -> tuple[t
     return value, (log_s.exp() * t.sum(-1, keepdim=True)).scatter_add(-1, index, -t)
 
 
-def sampled_k1_advantage(
-    teacher_log_prob: torch.Tensor, old_log_prob: torch.Tensor, response_mask: torch.Tensor
+def sampled_k1_advantages(
+    payload: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    responses: torch.Tensor,
+    old_log_probs: torch.Tensor,
 ) -> torch.Tensor:
-    """(batch, tokens): log T(y) - log S_old(y) of the sampled tokens y, 0 where there is none."""
-    return (teacher_log_prob - old_log_prob).masked_fill(response_mask == 0, 0.0)
-
-
-def log_prob_of(teacher_logits, tokens: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-    """(batch, tokens): the teacher's log-probability of each response token, 0 where there is none.
+    """log T(y) - log S_old(y) of every sampled token y.
 
     Args:
-        teacher_logits: the `TeacherLogits` that the trainer hands to a policy loss.
-        tokens: (batch, tokens) int64, the response.
+        payload: nested (batch, response length, width), the teacher's hidden states, or its logits without a `weight`.
+        weight, bias: the teacher's output projection (vocab, width) and (vocab,).
+        responses, old_log_probs: nested (batch, response length).
+
+    Returns:
+        Nested, like `old_log_probs`.
     """
-    mask = response_mask != 0
-    log_t = torch.log_softmax(teacher_logits.source.rows(teacher_logits.row[mask]).float(), dim=-1)
-    values = log_t.gather(-1, tokens[mask].unsqueeze(-1)).squeeze(-1)
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    logits = payload.values()
+    if weight is not None:
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = torch.nn.functional.linear(logits.to(weight.dtype), weight, bias)
+    log_t = torch.log_softmax(logits.float(), dim=-1)
+    log_t_sampled = log_t.gather(-1, responses.values().unsqueeze(-1)).squeeze(-1)
+    return torch.nested.nested_tensor_from_jagged(
+        log_t_sampled - old_log_probs.values(), offsets=old_log_probs.offsets()
+    )

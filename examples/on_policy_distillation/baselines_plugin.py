@@ -23,51 +23,37 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 from types import ModuleType
 
-import torch
-from baselines import FORWARD_KL_TOPK, SAMPLED_K1, TOP_K, forward_kl_topk, log_prob_of, sampled_k1_advantage
+from baselines import FORWARD_KL_TOPK, SAMPLED_K1, TOP_K, forward_kl_topk, sampled_k1_advantages
 
 
 def _register_topk(divergence: ModuleType) -> None:
     divergence.DIVERGENCES[FORWARD_KL_TOPK] = lambda d, beta: forward_kl_topk(d.log_s, d.log_t, TOP_K)
 
 
-class _Response:
-    """The tokens of the micro-batch that the loss is being computed of; a policy loss is not given them."""
-
-    tokens: torch.Tensor
-
-
-def _register_k1(losses: ModuleType) -> None:
-    """Gives the RL term of the hybrid loss the estimator as its advantage, when `sampled_k1` is chosen."""
-    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
-
-    hybrid = POLICY_LOSS_REGISTRY[losses.HYBRID]
-
-    def with_sampled_advantage(old_log_prob, log_prob, advantages, response_mask, *args, teacher_logits, **kwargs):
-        if kwargs["config"].policy_loss.hybrid_rl_loss_mode == SAMPLED_K1:
-            teacher = log_prob_of(teacher_logits, _Response.tokens, response_mask)
-            advantages = sampled_k1_advantage(teacher, old_log_prob, response_mask)
-        return hybrid(old_log_prob, log_prob, advantages, response_mask, *args, teacher_logits=teacher_logits, **kwargs)
-
-    POLICY_LOSS_REGISTRY[SAMPLED_K1] = POLICY_LOSS_REGISTRY["vanilla"]
-    POLICY_LOSS_REGISTRY[losses.HYBRID] = with_sampled_advantage
+def _register_k1(core_algos: ModuleType) -> None:
+    """The name. Given the estimator as its advantages, VERL's own PPO loss is the policy gradient."""
+    core_algos.POLICY_LOSS_REGISTRY[SAMPLED_K1] = core_algos.POLICY_LOSS_REGISTRY["vanilla"]
 
 
-def _remember_tokens(distillation_loss: ModuleType) -> None:
+def _give_advantages(distillation_loss: ModuleType) -> None:
+    """Puts the estimator in place of the advantages of a micro-batch before its loss is computed."""
     call = distillation_loss.DistillationActorLoss.__call__
 
-    def call_and_remember(self, model_output=None, data=None, *args, **kwargs):
-        if model_output is not None:
-            _Response.tokens = data["responses"].to_padded_tensor(0)
+    def call_with_advantages(self, model_output=None, data=None, *args, **kwargs):
+        if model_output is not None and self.config.policy_loss.hybrid_rl_loss_mode == SAMPLED_K1:
+            weight, bias = (None, None) if self.projection is None else (self.projection.weight, self.projection.bias)
+            data["advantages"] = sampled_k1_advantages(
+                data["teacher_payload"], weight, bias, data["responses"], data["old_log_probs"]
+            )
         return call(self, model_output, data, *args, **kwargs)
 
-    distillation_loss.DistillationActorLoss.__call__ = call_and_remember
+    distillation_loss.DistillationActorLoss.__call__ = call_with_advantages
 
 
 _AFTER_IMPORT = {
     "verl.utils.divergence": _register_topk,
-    "verl.trainer.ppo.on_policy_distillation": _register_k1,
-    "verl.workers.utils.distillation_loss": _remember_tokens,
+    "verl.trainer.ppo.core_algos": _register_k1,
+    "verl.workers.utils.distillation_loss": _give_advantages,
 }
 
 

@@ -20,14 +20,16 @@ quickstart leaves one. Any run of the two distillation losses will do, and runs 
 picture shows the runs that have its metrics. The pictures need matplotlib.
 
 Each FILE has one JSON object a line, one line a sequence, and becomes a paragraph of coloured tokens. This is what
-`generations.py` writes, and what the trainer writes every `teacher.dump_freq` steps, as `step_<k>.jsonl`:
+`generations.py` writes, and what the trainer writes every `teacher.dump_freq` steps:
 
     {"prompt": str,
-     "tokens": [str, ...],                     the response, token by token
-     "kl": [float, ...],                       KL(student || teacher) in nats, where each token was chosen
+     "tokens": [str, ...],                       the response, token by token
+     "kl": [float, ...],                         KL(student || teacher) in nats, where each token was chosen
      "teacher_top": [[[str, float], ...], ...],  for each token, the teacher's most likely ones and their probabilities
      "student_top": [[[str, float], ...], ...],  the same of the student
      "score": float or null}
+
+The lists have one entry for each token; an entry other than a token is null where the token is not in the loss.
 """
 
 import argparse
@@ -210,7 +212,11 @@ def alternatives(side: str, top: list[list]) -> str:
     return f"{side}: " + ", ".join(f"{token!r} {probability:.1%}" for token, probability in top)
 
 
-def token_span(token: str, kl: float, teacher_top: list[list], student_top: list[list], worst: float) -> str:
+def token_span(
+    token: str, kl: float | None, teacher_top: list[list] | None, student_top: list[list] | None, worst: float
+) -> str:
+    if kl is None:
+        return f'<span class="token" title="not in the loss">{shown(token)}</span>'
     title = "\n".join([f"KL {kl:.4f}", alternatives("teacher", teacher_top), alternatives("student", student_top)])
     strength = min(1.0, max(0.0, kl / worst)) if worst > 0 else 0.0
     return (
@@ -230,7 +236,8 @@ def generations(named: dict[str, list[dict[str, Any]]]) -> str:
     """One section for each file, side by side; one scale of colour for all, so that before and after compare."""
     if not named:
         return ""
-    worst = max((kl for records in named.values() for record in records for kl in record["kl"]), default=0.0)
+    every_kl = [kl for records in named.values() for record in records for kl in record["kl"] if kl is not None]
+    worst = max(every_kl, default=0.0)
     sections = "".join(
         f"<section><h3>{html.escape(title)}</h3>{''.join(sequence(record, worst) for record in records)}</section>"
         for title, records in named.items()
