@@ -69,6 +69,11 @@ def sampled_k1_advantages(
             logits = torch.nn.functional.linear(logits.to(weight.dtype), weight, bias)
     log_t = torch.log_softmax(logits.float(), dim=-1)
     log_t_sampled = log_t.gather(-1, responses.values().unsqueeze(-1)).squeeze(-1)
+    offsets = old_log_probs.offsets()
+    lengths = offsets.diff()
     return torch.nested.nested_tensor_from_jagged(
-        log_t_sampled - old_log_probs.values(), offsets=old_log_probs.offsets()
+        log_t_sampled - old_log_probs.values(),
+        offsets,
+        min_seqlen=int(lengths.min()),
+        max_seqlen=int(lengths.max()),  # padded to this; without it, to the sum of the lengths
     )
