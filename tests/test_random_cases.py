@@ -32,7 +32,8 @@ TYPES = ("reverse_kl", "forward_kl", "gkd", "skew_reverse_kl")
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean")
 VALUE = 2e-6  # of a token's divergence: relative, or absolute below one nat
 GRADIENT = 2e-5  # relative to the largest entry of the whole gradient, or to the bound of a value
-ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # of a gradient, twice
+# Of a gradient, which is rounded as the divergence's and once more as the loss's.
+ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 @dataclass(frozen=True)

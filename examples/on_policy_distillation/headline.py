@@ -51,7 +51,7 @@ LOSS = f"{ACTOR}.policy_loss"
 
 # The same for every method: rollouts and updates a step, optimizer and schedule, and the learning rates to choose from.
 ROLLOUTS, UPDATES = 256, 16
-LEARNING_RATES = (1.5e-5, 3e-5, 6e-5)
+LEARNING_RATES = (1.5e-5, 3e-5)
 GRPO_STEPS, GRPO_SCORE_EVERY, GROUP = 70, 2, 8
 DISTILLATION_STEPS = 15
 HELD_OUT = 2000
