@@ -155,9 +155,38 @@ def sparse_columns() -> str | None:
     return "\n\n".join((conditions(facts), what, table(header, rows)))
 
 
+def trainer_update() -> str | None:
+    facts = load("trainer_update_cpu")
+    if facts is None:
+        return None
+    sizes, medians, m = facts["sizes"], facts["medians"], facts["machine"]
+    condition = (
+        f"`benchmarks/trainer_update.py run`, {m['date']}. {m['device']}, {m['cores']} cores, torch {m['torch']}. "
+        f"{sizes['tokens']:,} response tokens in one micro-batch, V = {sizes['vocab']:,}, student and teacher with "
+        f"{sizes['layers']} layers of width {sizes['hidden']}, float32, FSDP2 on one rank. Medians of "
+        f"{facts['repeats']} steps after a warm-up, interleaved. Memory is the peak of the update less what is "
+        "resident before it; it includes the update's gradients, which are the same in all rows."
+    )
+    titles = {
+        "fused": "pure distillation, distillation_head=fused",
+        "dense": "pure distillation, distillation_head=dense",
+        "grpo": "GRPO without a reference policy, VERL's own",
+    }
+    header = ["step", "before the update, s", "update, s", "step, s", "update's extra memory, MB"]
+    fields = (("prepare_s", 1), ("update_s", 1), ("step_s", 1), ("update_extra_mb", 1))
+    rows = [
+        [title, *(number(medians[kind][field] * scale) for field, scale in fields)]
+        for kind, title in titles.items()
+        if kind in medians
+    ]
+    note = "Before the update: the teacher's pass, or GRPO's old log-probs. Generation is in no row."
+    return "\n\n".join((condition, table(header, rows), note))
+
+
 SECTIONS = {
     "linear_divergence_cpu": ("Two linear heads, on a processor", lambda: linear_divergence("cpu")),
     "linear_divergence_cuda": ("Two linear heads, on CUDA", lambda: linear_divergence("cuda")),
+    "trainer_update_cpu": ("One step of the trainer without its rollout, on a processor", trainer_update),
     "sparse_columns_cpu": ("Below the floor: skipping columns of the gradient", sparse_columns),
 }
 
