@@ -13,10 +13,13 @@
 # limitations under the License.
 """How the losses reach a VERL: by the patch, without any import of ours; or by pip, next to an unpatched one."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, copy_unpatched_verl
@@ -36,11 +39,11 @@ print(f"loss {loss.item():.6f} from {verl.__file__}")
 """
 
 
-def python(*arguments, **environment):
+def python(*arguments, cwd=None, **environment):
     # An unpatched VERL has no CPU plugin, which conftest.py asks for.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("VERL_")}
     return subprocess.run(
-        [sys.executable, *arguments], env=inherited | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *arguments], env=inherited | environment, cwd=cwd, capture_output=True, text=True, timeout=120
     )
 
 
@@ -83,3 +86,15 @@ def test_the_trainer_of_an_unpatched_verl_refuses_at_start(name, unpatched):
     )
     assert done.returncode != 0 and "ray init" not in done.stdout + done.stderr
     assert f"loss_mode={name} needs a teacher" in done.stderr and "apply_patch.sh" in done.stderr
+
+
+def test_the_loss_tests_run_in_a_patched_checkout_without_pytest(tmp_path):
+    (tmp_path / "pytest.py").write_text("raise ImportError('no pytest here')\n")
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    (checkout / "verl").symlink_to(Path(importlib.util.find_spec("verl").origin).parent)
+    start = time.monotonic()
+    script = ROOT / "tests" / "test_on_policy_distillation.py"
+    done = python(str(script), PYTHONPATH=str(tmp_path), cwd=checkout)
+    assert done.returncode == 0 and "\n0 failed, " in f"\n{done.stdout}", done.stdout + done.stderr
+    assert time.monotonic() - start < 60
