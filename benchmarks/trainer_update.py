@@ -27,12 +27,14 @@ what is resident before it: gradients and optimizer are the same in all kinds, a
 import argparse
 import json
 import os
+import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,6 +193,15 @@ def ask(process: subprocess.Popen) -> dict[str, float]:
     return json.loads(process.stdout.readline())
 
 
+def machine() -> dict:
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__, "date": date}
+
+
 def run(args: argparse.Namespace) -> None:
     processes = {}
     args.folder = tempfile.mkdtemp(prefix="trainer_update_")
@@ -212,7 +223,7 @@ def run(args: argparse.Namespace) -> None:
         for kind, of_kind in samples.items()
     }
     sizes = {name: getattr(args, name) for name in ("tokens", "sequences", "micro_batch", "vocab", "hidden", "layers")}
-    result = {"sizes": sizes, "repeats": args.repeats, "medians": medians, "samples": samples}
+    result = {"machine": machine(), "sizes": sizes, "repeats": args.repeats, "medians": medians, "samples": samples}
     text = json.dumps(result, indent=2)
     if args.out:
         Path(args.out).write_text(text + "\n")

@@ -26,6 +26,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from verl.utils import divergence as divergence_module
 from verl.utils.divergence import DIVERGENCES, LOG_ZERO, DenseLogits, DivergenceSpec, TokenDivergence, token_divergence
@@ -1154,3 +1155,36 @@ def test_errors_of_labels(labels):
 
 def test_every_type_is_tested():
     assert {kind for kind, _ in FEW} == {kind for kind, _ in CASES} == set(DIVERGENCES)
+
+
+@pytest.mark.parametrize("step", [one_pass, token_pass])
+def test_two_chunks_of_logits_are_alive_at_once_and_no_third(step, monkeypatch):
+    set_chunks(monkeypatch, CHUNK_TOKENS, MEMORY_VOCAB, 1)
+    n, chunk = 40 * CHUNK_TOKENS, 4 * CHUNK_TOKENS * MEMORY_VOCAB
+    memory = memory_of(step, n, torch.float32, (MEMORY_VOCAB, MEMORY_VOCAB))
+    gradients = 4 * (MEMORY_VOCAB * 8 + MEMORY_VOCAB + n * 8)
+    assert memory.peak - gradients < 3.2 * chunk
+
+
+def test_no_gradient_products_without_gradients():
+    p = problem().leaves()
+    tensors, biases = p.arguments()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        linear_divergence(*tensors, **biases)
+    assert counter.get_total_flops() == 2 * 7 * 37 * (6 + 9)
+
+
+def test_the_mean_in_float64_is_one_in_float64():
+    p = problem(dtype=torch.float64)
+    assert_same(run(p), truth(p), FLOAT64)
+
+
+def test_weights_below_the_smallest_normal_number_scale_the_gradient():
+    p = problem()
+    tensors, biases = p.arguments()
+    tensors[0].requires_grad_()
+    gradients = []
+    for weight in (1.0, 1e-41):
+        loss = linear_divergence(*tensors, **biases, token_weights=torch.full((7,), weight)).loss
+        gradients.append(torch.autograd.grad(loss, tensors[0])[0])
+    torch.testing.assert_close(gradients[1] / 1e-41, gradients[0], rtol=1e-3, atol=1e-3)

@@ -421,6 +421,14 @@ def test_objects_with_logits_are_logits(loss_fn):
     assert torch.equal(loss_fn(**outputs)[0], expected)
 
 
+@pytest.mark.parametrize("loss_fn", [pure, hybrid])
+def test_memory_layout_does_not_matter(loss_fn):
+    contiguous = {name: side.detach() for name, side in logits().items()}
+    strided = {name: side.transpose(0, 1).contiguous().transpose(0, 1) for name, side in contiguous.items()}
+    assert not any(side.is_contiguous() for side in strided.values())
+    assert torch.equal(loss_fn(**strided)[0], loss_fn(**contiguous)[0])
+
+
 def test_student_without_gradient():
     """Validation: the loss under no_grad is the same number and carries no graph."""
     expected = pure()[0]
@@ -717,6 +725,11 @@ BAD_SETTINGS = [
     ({"distillation_temprature": 2.0}, ["distillation_temprature", "2.0", "distillation_temperature"]),
     ({"distillation-beta": 0.5}, ["distillation-beta", "0.5", "distillation_beta"]),
     ({"hybrid_lambda_distil": 0.5}, ["hybrid_lambda_distil", "0.5", "hybrid_lambda_distill"]),
+    ({"distillation_head": "sparse"}, ["distillation_head", "'sparse'", "fused", "dense"]),
+    ({"distillation_head": None}, ["distillation_head", "None", "fused"]),
+    ({"distillation_heads": "dense"}, ["distillation_heads", "'dense'", "distillation_head"]),
+    ({"distillation_beta": []}, ["distillation_beta", "[]", "float"]),
+    ({"distillation_temperature": 10**400}, ["distillation_temperature", "finite"]),
     ({"hybrid_rl_loss": "gspo"}, ["hybrid_rl_loss", "'gspo'", "hybrid_rl_loss_mode"]),
 ]
 
@@ -762,6 +775,10 @@ BAD_INPUTS = {
     "mask's tokens": ({"mask": torch.ones(BATCH, TOKENS - 1)}, ["(5, 7)", "response_mask", "(5, 6)"]),
     "flat mask": ({"mask": torch.ones(BATCH * TOKENS)}, ["response_mask", "(35,)", "(batch, tokens)"]),
     "list mask": ({"mask": [[1] * TOKENS] * BATCH}, ["response_mask", "list", "(batch, tokens)"]),
+    "teacher's device": (
+        {"teacher_logits": torch.zeros(BATCH, TOKENS, VOCAB, device="meta")},
+        ["teacher_logits are on meta", "student_logits on cpu", "move"],
+    ),
     "config's name": ({"config": PURE}, ["config", "str", "ActorConfig"]),
     "config's list": ({"config": [("distillation_type", "gkd")]}, ["config", "list", "dict"]),
 }

@@ -64,11 +64,11 @@ WITHOUT_CARRY = 0.62
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def problems(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def problems(seed: int = 0, held_out: int = HELD_OUT) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """All (question, answer) pairs, e.g. ("12+34=", "46"), shuffled and cut into train and held-out."""
     pairs = [(f"{a}+{b}=", str(a + b)) for a in OPERANDS for b in OPERANDS]
     random.Random(seed).shuffle(pairs)
-    return pairs[HELD_OUT:], pairs[:HELD_OUT]
+    return pairs[held_out:], pairs[:held_out]
 
 
 def without_carry(question: str) -> str:
@@ -214,28 +214,39 @@ def share_as_taught(model: LlamaForCausalLM, input_ids: torch.Tensor, labels: to
     return torch.stack(answered).any(0).float().mean().item()
 
 
-def learning_rate(step: int, fluent_at: int | None) -> float:
+def learning_rate(
+    step: int, fluent_at: int | None, peak: float = LEARNING_RATE, decay_steps: int = DECAY_STEPS
+) -> float:
     """Warm-up, then constant until the model is fluent, then linearly to zero, so that what is saved has settled."""
     if fluent_at is None:
-        return LEARNING_RATE * min(1.0, step / WARM_UP_STEPS)
-    return LEARNING_RATE * (1 - (step - fluent_at) / (DECAY_STEPS + 1))
+        return peak * min(1.0, step / WARM_UP_STEPS)
+    return peak * (1 - (step - fluent_at) / (decay_steps + 1))
 
 
 @one_thread()
-def train(model: LlamaForCausalLM, corpora: list[list[tuple[str, str]]], weights: list[float], seed: int) -> None:
+def train(
+    model: LlamaForCausalLM,
+    corpora: list[list[tuple[str, str]]],
+    weights: list[float],
+    seed: int,
+    peak: float = LEARNING_RATE,
+    fluent: float = FLUENT,
+    decay_steps: int = DECAY_STEPS,
+) -> None:
     """Train `model` in place on a mixture of `corpora`, which answer the same questions, each in its own way.
 
-    It stops DECAY_STEPS after the model has become fluent: after nearly all its answers are those of some corpus.
+    It stops `decay_steps` after the model has become fluent: after the share `fluent` of its answers are those of some
+    corpus.
     """
     input_ids, labels = (torch.stack(tensors) for tensors in zip(*map(encode, corpora), strict=True))
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
     fluent_at = None
     for step in range(1, MAX_STEPS + 1):
         corpus = torch.multinomial(torch.tensor(weights), BATCH, replacement=True, generator=generator)
         problem = torch.randint(input_ids.shape[1], (BATCH,), generator=generator)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, fluent_at)
+            group["lr"] = learning_rate(step, fluent_at, peak, decay_steps)
         loss = model(input_ids=input_ids[corpus, problem], labels=labels[corpus, problem]).loss
         optimizer.zero_grad()
         loss.backward()
@@ -243,12 +254,12 @@ def train(model: LlamaForCausalLM, corpora: list[list[tuple[str, str]]], weights
         optimizer.step()
         if fluent_at is None and step % PROBE_EVERY == 0:
             fluency = share_as_taught(model, input_ids[:, :PROBE_SIZE], labels[:, :PROBE_SIZE])
-            if step % (5 * PROBE_EVERY) == 0 or fluency >= FLUENT:
+            if step % (5 * PROBE_EVERY) == 0 or fluency >= fluent:
                 print(f"  step {step}: loss {loss.item():.3f}, answers as taught {fluency:.1%}", flush=True)
-            fluent_at = step if fluency >= FLUENT else None
-        if fluent_at is not None and step == fluent_at + DECAY_STEPS:
+            fluent_at = step if fluency >= fluent else None
+        if fluent_at is not None and step == fluent_at + decay_steps:
             return
-    raise RuntimeError(f"{FLUENT:.0%} of the answers as taught not reached in {MAX_STEPS} steps; try another --seed")
+    raise RuntimeError(f"{fluent:.0%} of the answers as taught not reached in {MAX_STEPS} steps; try another --seed")
 
 
 @one_thread()
@@ -347,6 +358,11 @@ def make(out: str | Path, seed: int = 0) -> dict:
     return record
 
 
+def quiet() -> None:
+    disable_progress_bars()
+    disable_progress_bar()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -354,8 +370,7 @@ def main() -> None:
     make_parser.add_argument("--out", required=True)
     make_parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    disable_progress_bars()
-    disable_progress_bar()
+    quiet()
     record = make(arguments.out, arguments.seed)
     for name in ("base", "teacher"):
         print(f"{name}: {record[name]['held_out_accuracy']:.1%} of the held-out problems")

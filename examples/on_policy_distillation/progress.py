@@ -30,49 +30,76 @@ POLL_SECONDS = 0.5
 LINES_SHOWN_ON_FAILURE = 40
 
 
-def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
+def step_line(step: int, steps: int, metrics: dict[str, float], seconds_left: float | None = None) -> str:
     parts = [f"step {step:3d}/{steps}"]
     if "distillation/kl" in metrics:
         parts.append(f"KL {metrics['distillation/kl']:.4f}")
+    elif "critic/score/mean" in metrics:
+        parts.append(f"reward {metrics['critic/score/mean']:.3f}")
+    if "timing_s/step" in metrics:
         parts.append(f"{metrics['timing_s/step']:.1f} s")
     if accuracy(metrics) is not None:
         parts.append(f"held-out accuracy {accuracy(metrics):.1%}")
+    if seconds_left is not None:
+        parts.append(f"{clock(seconds_left)} left")
     return "   ".join(parts)
 
 
-def follow(process: subprocess.Popen, path: Path, steps: int) -> int:
-    """Print each step as it is logged, until the trainer ends. Returns its exit code."""
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d} min"
+
+
+def seconds_left(run: dict[int, dict[str, float]], step: int, steps: int) -> float | None:
+    """What the steps after `step` will take if they take what those up to it took on average, validation included."""
+    took = [
+        metrics["timing_s/step"] + metrics.get("timing_s/testing", 0.0)
+        for done, metrics in run.items()
+        if done <= step and "timing_s/step" in metrics
+    ]
+    return (steps - step) * sum(took) / len(took) if took and step < steps else None
+
+
+def follow(process: subprocess.Popen, path: Path, steps: int, label: str = "") -> int:
+    """Print each step as it is logged, after `label`, until the trainer ends. Returns its exit code."""
     shown: set[int] = set()
     while True:
         ended = process.poll() is not None  # asked first: what was logged before the end is then still read
-        for step, metrics in read_metrics(path).items():
+        run = read_metrics(path)
+        for step, metrics in run.items():
             if step not in shown:
-                print(step_line(step, steps, metrics), flush=True)
+                print(label + step_line(step, steps, metrics, seconds_left(run, step, steps)), flush=True)
                 shown.add(step)
         if ended:
             return process.returncode
         time.sleep(POLL_SECONDS)
 
 
-def main() -> None:
-    folder, steps, separator, *command = sys.argv[1:]
-    if separator != "--":
-        sys.exit(__doc__)
-    folder = Path(folder)
+def train(
+    folder: Path, steps: int, command: list[str], environment: dict[str, str] | None = None, label: str = ""
+) -> None:
+    """Run the trainer `command` with its metrics and output in `folder`; exits with its last lines if it fails."""
     path = next_metric_file(folder)
     log_path = folder / "train.log"
-    print(f"training with VERL; its output is in {log_path} (the first step takes about a minute)", flush=True)
+    print(f"{label}training with VERL; its output is in {log_path} (the first step takes about a minute)", flush=True)
+    environment = os.environ | (environment or {}) | {"VERL_FILE_LOGGER_PATH": str(path.resolve())}
     with open(log_path, "a") as log:
-        environment = os.environ | {"VERL_FILE_LOGGER_PATH": str(path.resolve())}
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
-            code = follow(process, path, int(steps))
+            code = follow(process, path, steps, label)
         except KeyboardInterrupt:
             process.wait()
             raise
     if code != 0:
         print("".join(log_path.read_text(errors="replace").splitlines(keepends=True)[-LINES_SHOWN_ON_FAILURE:]))
         sys.exit(f"training failed with exit code {code}; the whole output is in {log_path}")
+
+
+def main() -> None:
+    folder, steps, separator, *command = sys.argv[1:]
+    if separator != "--":
+        sys.exit(__doc__)
+    train(Path(folder), int(steps), command)
 
 
 if __name__ == "__main__":

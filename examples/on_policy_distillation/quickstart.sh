@@ -3,9 +3,10 @@
 #
 #   ./examples/on_policy_distillation/quickstart.sh [FOLDER] [HYDRA_OVERRIDE ...]
 #
-# Sets up what it needs (.venv), makes a base model, a teacher and the data in code, trains, and ends with a table.
-# FOLDER (default: runs/quickstart) receives models, data, metrics, results.json and the trained checkpoint. Run again,
-# it continues an interrupted run, and shows the table of a finished one; another FOLDER starts afresh.
+# Sets up what it needs (.venv), makes a base model, a teacher and the data in code, trains, and ends with a table and a
+# report with pictures. FOLDER (default: runs/quickstart) receives models, data, metrics, results.json, report.html and
+# the trained checkpoint. Run again, it continues an interrupted run, and shows the table of a finished one; another
+# FOLDER starts afresh.
 # With a GPU the same script uses it, and vLLM when it is installed.
 set -euo pipefail
 
@@ -18,8 +19,17 @@ folder=$(cd "$folder" && pwd)
 "$root/scripts/bootstrap.sh"
 export PATH="$root/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 
+finish() {
+    python "$here/summary.py" "$folder"
+    if [[ -e $folder/report.html ]]; then echo "report:  $folder/report.html"; return; fi
+    python "$here/generations.py" "$folder"
+    python "$here/report.py" --out "$folder/report.html" "$folder" --generations \
+        "before=$folder/generations/before.jsonl" "after=$folder/generations/after.jsonl"
+}
+
 if [[ -e $folder/results.json ]]; then
-    exec python "$here/summary.py" "$folder"
+    finish
+    exit
 fi
 python "$here/arithmetic.py" make --out "$folder"
 
@@ -63,4 +73,4 @@ python "$here/progress.py" "$folder" "$steps" -- python -m verl.trainer.main_ppo
     trainer.experiment_name=quickstart \
     "$@"
 
-python "$here/summary.py" "$folder"
+finish

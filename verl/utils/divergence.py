@@ -125,31 +125,44 @@ class LinearLogits:
     def shape(self) -> tuple[int, int]:
         return self.hidden.shape[0], self.weight.shape[0]
 
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        return project(self.hidden[index], self.weight, self.bias)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits: float32, or float64 for float64 weights."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    def rows(self, index: torch.Tensor | slice, out: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Written to the first rows of `out` (rows, V), of `dtype`, where it is given: a loop over chunks reuses it."""
+        return project(self.hidden[index], self.weight, self.bias, out)
 
     def cut(self, vocab: int) -> "LinearLogits":
         return LinearLogits(self.hidden, self.weight[:vocab], None if self.bias is None else self.bias[:vocab])
 
 
-def project(hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+def project(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor] = None,
+    out: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
     """Logits (n, V) = `hidden` (n, H) @ `weight` (V, H).T + `bias` (V,), multiplied in the weight's dtype.
 
     Returned in float32, or float64 for float64 weights: 16-bit products keep the sums that the device made in float32
-    where it can return them, and are rounded once where it cannot.
+    where it can return them, and are rounded once where it cannot. `out` as in `LinearLogits.rows`.
     """
     # A training engine calls the loss inside autocast, which would round a float32 teacher's logits to bfloat16.
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = wide_mm(hidden.to(weight.dtype), weight.T)
+        logits = wide_mm(hidden.to(weight.dtype), weight.T, out)
         return logits if bias is None else logits.add_(bias)
 
 
-def wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, at least float32, new memory. On CUDA 16-bit factors give their float32 sums without a rounding."""
-    if a.dtype in (torch.bfloat16, torch.float16):
-        # Of the devices, CUDA alone has a product with an output wider than its factors (torch.mm's out_dtype).
-        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b).float()
-    return torch.mm(a, b)
+def wide_mm(a: torch.Tensor, b: torch.Tensor, out: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """a @ b, at least float32, new memory or `out`. On CUDA 16-bit factors give their float32 sums without rounding."""
+    out = None if out is None else out[: len(a)]
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:  # of the devices, CUDA alone has a product with an output wider than its factors
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b).float() if out is None else out.copy_(torch.mm(a, b))
 
 
 class TokenDivergence(NamedTuple):
@@ -324,6 +337,13 @@ def divergence_rows_(
     return results
 
 
+def _chunk_results(student, teacher, spec, student_temperature, gradient) -> torch.Tensor:
+    ones = student.new_ones(len(student))
+    return divergence_rows_(
+        student, teacher, spec, student_temperature, ones, student if gradient is None else gradient
+    )
+
+
 def _gradient_dtype(logits: torch.Tensor) -> torch.dtype:
     """The dtype gradients wait in until backward: float16 could not hold them before the loss is scaled."""
     return torch.float32 if logits.dtype == torch.float16 else logits.dtype
@@ -345,11 +365,14 @@ class _TokenDivergence(torch.autograd.Function):
         gradients = logits.new_empty((num_tokens if needs_gradient else 0, vocab), dtype=_gradient_dtype(logits))
         results = torch.empty((len(TokenDivergence._fields), num_tokens), dtype=dtype, device=logits.device)
         for chunk in chunks(num_tokens, vocab, CHUNK_ELEMENTS):
-            student = logits[student_index[chunk]].to(dtype)
-            ones = student.new_ones(len(student))
-            gradient = gradients[chunk] if needs_gradient else student
-            teacher_rows = teacher.rows(teacher_index[chunk]).to(dtype)
-            results[:, chunk] = divergence_rows_(student, teacher_rows, spec, student_temperature, ones, gradient)
+            # One expression, so that the logits of a chunk are gone before those of the next are made.
+            results[:, chunk] = _chunk_results(
+                logits[student_index[chunk]].to(dtype),
+                teacher.rows(teacher_index[chunk]).to(dtype),
+                spec,
+                student_temperature,
+                gradients[chunk] if needs_gradient else None,
+            )
         ctx.save_for_backward(student_index, gradients)
         ctx.logits_shape, ctx.logits_dtype = logits.shape, logits.dtype
         ctx.mark_non_differentiable(*(columns := results.unbind())[1:])

@@ -26,7 +26,7 @@ aggregates with VERL's ``agg_loss``.
 """
 
 import difflib
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Optional
@@ -154,7 +154,8 @@ class DistillationLossConfig:
 
 
 def _require_finite_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:  # not math.isfinite, which huge integers overflow
         raise ValueError(f"{name}={value!r} is not a finite number: give it as a float, for example {name}=1.0.")
 
 
@@ -315,6 +316,11 @@ def _require_same_shape(student: StudentLogits, teacher: TeacherLogits, response
                 f"{name} cover (batch, tokens) = {logits.shape[:2]}, response_mask {tuple(response_mask.shape)}: "
                 "pass the logits that predict the response tokens, one position per entry of the mask."
             )
+    if teacher.row.device != student.row.device:
+        raise ValueError(
+            f"teacher_logits are on {teacher.row.device}, student_logits on {student.row.device}: "
+            "move the teacher's to the student's device."
+        )
 
 
 def _require_rl_input(name: str, value: Optional[torch.Tensor], response_mask: torch.Tensor) -> None:

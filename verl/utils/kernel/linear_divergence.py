@@ -85,7 +85,7 @@ class _HeadGradients:
     """Gradients of a linear head, accumulated chunk by chunk in the dtype of its logits; only those in `needs`."""
 
     def __init__(self, head: LinearLogits, needs: tuple[bool, ...]):
-        self._head, dtype = head, _logits_dtype(head.weight)
+        self._head, dtype = head, head.dtype
         self.hidden = torch.empty_like(head.hidden) if needs[0] else None
         self.weight = torch.zeros_like(head.weight, dtype=dtype) if needs[1] else None
         self.bias = torch.zeros_like(head.bias, dtype=dtype) if needs[2] else None
@@ -134,7 +134,9 @@ class _Target(NamedTuple):
     def vocab(self) -> int:
         return self.teacher.shape[-1]
 
-    def logits(self, chunk: slice, like: torch.Tensor) -> torch.Tensor:
+    def logits(self, chunk: slice, like: torch.Tensor, out: Optional[torch.Tensor]) -> torch.Tensor:
+        if isinstance(self.teacher, LinearLogits):
+            return self.teacher.rows(chunk, out).to(like.dtype)
         return self.teacher.rows(torch.arange(chunk.start, chunk.stop, device=like.device)).to(like.dtype)
 
     def rows_(self, student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor, gradient: torch.Tensor):
@@ -145,13 +147,26 @@ class _Target(NamedTuple):
         return function(student, teacher, self.spec, self.student_temperature, weights, gradient)
 
 
-def _logits_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Of logits, statistics and sums: float32, or float64 for float64 weights."""
-    return torch.promote_types(weight.dtype, torch.float32)
+class _Chunk(NamedTuple):
+    """A few tokens, and where both sides' logits of them go. The memory is the next chunk's afterwards."""
+
+    tokens: slice
+    student: torch.Tensor
+    teacher: Optional[torch.Tensor]
 
 
-def _token_chunks(head: LinearLogits) -> Iterator[slice]:
-    return chunks(*head.shape, divergence_module.CHUNK_ELEMENTS)
+def _memory(logits: LogitSource, tokens: int) -> Optional[torch.Tensor]:
+    """For the logits of a chunk; None if they are not projected. To allocate once saves a page fault per 4 KiB."""
+    if not isinstance(logits, LinearLogits):
+        return None
+    return logits.hidden.new_empty((tokens, logits.shape[-1]), dtype=logits.dtype)
+
+
+def _token_chunks(head: LinearLogits, target: _Target) -> Iterator[_Chunk]:
+    slices = list(chunks(*head.shape, divergence_module.CHUNK_ELEMENTS))
+    longest = slices[0].stop if slices else 0
+    memory = _memory(head, longest), _memory(target.teacher, longest)
+    return (_Chunk(tokens, *memory) for tokens in slices)
 
 
 def _exact(head: LinearLogits) -> torch.autocast:
@@ -163,22 +178,18 @@ class _LinearDivergence(torch.autograd.Function):
     """Loss, per-token results and gradients in one pass; the backward scales the gradients."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, token_weights):
+    def forward(ctx, hidden, weight, bias, target, token_weights, needs_gradients):
         whole = LinearLogits(hidden, weight, bias)
-        head, gradients = whole.cut(target.vocab), _HeadGradients(whole, ctx.needs_input_grad[:3])
-        results = hidden.new_empty((len(TokenDivergence._fields), len(hidden)), dtype=_logits_dtype(weight))
+        head = whole.cut(target.vocab)
+        gradients = _HeadGradients(whole, tuple(needs_gradients and needs for needs in ctx.needs_input_grad[:3]))
+        results = hidden.new_empty((len(TokenDivergence._fields), len(hidden)), dtype=whole.dtype)
         token_weights = token_weights.to(results.dtype)
         # At most one in the products, so that the 16-bit gradients of a mean over many tokens do not vanish.
         largest = torch.linalg.vector_norm(token_weights, torch.inf) if len(hidden) else token_weights.new_ones(())
-        relative = token_weights / largest.clamp_min(torch.finfo(results.dtype).tiny)
-        for chunk in _token_chunks(head):
-            student = head.rows(chunk)
-            teacher = target.logits(chunk, like=student)
-            # Over the logits, where the products with it are in the same dtype.
-            gradient = student if student.dtype == weight.dtype else torch.empty_like(student, dtype=weight.dtype)
-            results[:, chunk] = target.rows_(student, teacher, relative[chunk], gradient)
-            del student, teacher
-            gradients.add(chunk, gradient)
+        largest = largest.clamp_min(torch.finfo(results.dtype).tiny)
+        for chunk in _token_chunks(head, target):
+            weights = token_weights[chunk.tokens] / largest
+            results[:, chunk.tokens] = _one_pass(head, target, chunk, weights, gradients)
         ctx.gradients, ctx.largest = gradients, largest
         ctx.mark_non_differentiable(results)
         return torch.dot(token_weights, results[0]), results
@@ -192,7 +203,20 @@ class _LinearDivergence(torch.autograd.Function):
                 "and handed them over; call linear_divergence again."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return (*gradients.scaled(grad_loss * ctx.largest), None, None)
+        return (*gradients.scaled(grad_loss * ctx.largest), None, None, None)
+
+
+def _one_pass(
+    head: LinearLogits, target: _Target, chunk: _Chunk, weights: torch.Tensor, gradients: _HeadGradients
+) -> torch.Tensor:
+    """Results of a chunk's tokens; adds their gradients."""
+    student = head.rows(chunk.tokens, chunk.student)
+    teacher = target.logits(chunk.tokens, student, chunk.teacher)
+    # Over the logits, where the products with it are in the same dtype.
+    gradient = student if student.dtype == head.weight.dtype else torch.empty_like(student, dtype=head.weight.dtype)
+    results = target.rows_(student, teacher, weights, gradient)
+    gradients.add(chunk.tokens, gradient)
+    return results
 
 
 class _Policy(NamedTuple):
@@ -220,27 +244,16 @@ class _Policy(NamedTuple):
         return gradient.scatter_add_(-1, labels.unsqueeze(-1), grad_log_prob.unsqueeze(-1)).div_(temperature)
 
 
-def _blocks(chunk: slice, logits: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """Blocks of a chunk that stay in the cache: as rows of the chunk's logits, and as tokens."""
-    for rows in cache_blocks(logits):
-        yield rows, slice(chunk.start + rows.start, chunk.start + rows.stop)
-
-
 class _LinearTokenDivergence(torch.autograd.Function):
     """Per-token results; the backward projects again, see the module docstring."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, labels, log_prob_temperature):
         head = LinearLogits(hidden, weight, bias)
-        results = hidden.new_empty((2 + len(TokenDivergence._fields), len(hidden)), dtype=_logits_dtype(weight))
-        for chunk in _token_chunks(head):
-            student = head.rows(chunk)
-            teacher = target.logits(chunk, like=student)
-            for rows, tokens in _blocks(chunk, student):
-                policy = _Policy.of(student[rows], labels[tokens], log_prob_temperature)
-                results[:2, tokens] = torch.stack((policy.log_prob, policy.entropy))
-                shared = student[rows, : target.vocab]
-                results[2:, tokens] = target.rows_(shared, teacher[rows], shared.new_ones(len(shared)), shared)
+        results = hidden.new_empty((2 + len(TokenDivergence._fields), len(hidden)), dtype=head.dtype)
+        for chunk in _token_chunks(head, target):
+            tokens = chunk.tokens
+            results[:, tokens] = _token_results(head, target, chunk, labels[tokens], log_prob_temperature)
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.target, ctx.log_prob_temperature = target, log_prob_temperature
         ctx.mark_non_differentiable(*(columns := results.unbind())[3:])
@@ -250,22 +263,55 @@ class _LinearTokenDivergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_log_prob, grad_entropy, grad_divergence, *_):
         *tensors, labels = ctx.saved_tensors
-        head, target, temperature = LinearLogits(*tensors), ctx.target, ctx.log_prob_temperature
+        head, temperature = LinearLogits(*tensors), ctx.log_prob_temperature
         gradients = _HeadGradients(head, ctx.needs_input_grad[:3])
+        upstream = torch.stack((grad_log_prob, grad_entropy, grad_divergence))
         with _exact(head):
-            for chunk in _token_chunks(head):
-                student = head.rows(chunk)
-                teacher = target.logits(chunk, like=student)
-                for rows, tokens in _blocks(chunk, student):
-                    policy = _Policy.of(student[rows], labels[tokens], temperature)
-                    gradient = policy.gradient(labels[tokens], temperature, grad_log_prob[tokens], grad_entropy[tokens])
-                    shared = student[rows, : target.vocab]
-                    target.rows_(shared, teacher[rows], grad_divergence[tokens], shared)
-                    gradient[:, : target.vocab] += shared
-                    student[rows] = gradient
-                del teacher
-                gradients.add(chunk, student.to(head.weight.dtype))
+            for chunk in _token_chunks(head, ctx.target):
+                tokens = chunk.tokens
+                gradients.add(
+                    tokens, _token_gradient(head, ctx.target, chunk, labels[tokens], temperature, upstream[:, tokens])
+                )
         return (*gradients.scaled(grad_log_prob.new_ones(())), None, None, None)
+
+
+def _token_results(
+    head: LinearLogits, target: _Target, chunk: _Chunk, labels: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """log_prob, entropy and the fields of TokenDivergence, (8, chunk)."""
+    student = head.rows(chunk.tokens, chunk.student)
+    teacher = target.logits(chunk.tokens, student, chunk.teacher)
+    results = student.new_empty((2 + len(TokenDivergence._fields), len(student)))
+    for rows in cache_blocks(student):
+        policy = _Policy.of(student[rows], labels[rows], temperature)
+        results[:2, rows] = torch.stack((policy.log_prob, policy.entropy))
+        del policy
+        shared = student[rows, : target.vocab]
+        results[2:, rows] = target.rows_(shared, teacher[rows], shared.new_ones(len(shared)), shared)
+    return results
+
+
+def _token_gradient(
+    head: LinearLogits,
+    target: _Target,
+    chunk: _Chunk,
+    labels: torch.Tensor,
+    temperature: float,
+    upstream: torch.Tensor,
+) -> torch.Tensor:
+    """With respect to the logits (chunk, V), in the weight's dtype; `upstream` (3, chunk) of log_prob, entropy, D."""
+    student = head.rows(chunk.tokens, chunk.student)
+    teacher = target.logits(chunk.tokens, student, chunk.teacher)
+    for rows in cache_blocks(student):
+        grad_log_prob, grad_entropy, grad_divergence = upstream[:, rows]
+        policy = _Policy.of(student[rows], labels[rows], temperature)
+        gradient = policy.gradient(labels[rows], temperature, grad_log_prob, grad_entropy)
+        del policy
+        shared = student[rows, : target.vocab]
+        target.rows_(shared, teacher[rows], grad_divergence, shared)
+        gradient[:, : target.vocab] += shared
+        student[rows] = gradient
+    return student.to(head.weight.dtype)
 
 
 def divergence_of_head(
@@ -276,8 +322,11 @@ def divergence_of_head(
 ) -> LinearDivergence:
     """`linear_divergence` for any source of the teacher's logits, which covers no more than the head's vocabulary."""
     target = _Target(teacher, spec, spec.temperature)
+    needs_gradients = torch.is_grad_enabled()  # which a Function's forward cannot see
     with _exact(head):
-        loss, results = _LinearDivergence.apply(head.hidden, head.weight, head.bias, target, token_weights)
+        loss, results = _LinearDivergence.apply(
+            head.hidden, head.weight, head.bias, target, token_weights, needs_gradients
+        )
     tokens = TokenDivergence(*results.unbind())
     return LinearDivergence(loss, tokens.divergence, tokens)
 
@@ -337,7 +386,7 @@ def linear_divergence(
     )
     num_tokens = len(student_hidden)
     if token_weights is None:
-        token_weights = student_hidden.new_full((num_tokens,), 1.0 / max(num_tokens, 1), dtype=torch.float32)
+        token_weights = student_hidden.new_full((num_tokens,), 1.0 / max(num_tokens, 1), dtype=head.dtype)
     _require_per_token("token_weights", token_weights, num_tokens)
     return divergence_of_head(head, teacher, spec, token_weights)
 
@@ -360,6 +409,7 @@ def linear_token_divergence(
 
     Args:
         labels: (n,) int64, below V_s.
+        teacher_hidden, teacher_weight, teacher_bias: are read again in the backward, and must not change before it.
         log_prob_temperature: divides the student's logits for `log_prob` and `entropy`, which are taken over its
             whole vocabulary; `temperature` is that of the divergence.
         Everything else as in `linear_divergence`.
@@ -377,6 +427,8 @@ def linear_token_divergence(
         spec,
     )
     _require_per_token("labels", labels, len(student_hidden))
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}: pass int64 token ids.")
     return tokens_of_head(head, teacher, spec, labels, log_prob_temperature)
 
 

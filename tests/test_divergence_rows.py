@@ -1,0 +1,468 @@
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""verl/utils/kernel/divergence_rows.py against float64 formulas and against its twin in torch; and that it compiles.
+
+Triton's interpreter runs the kernel on the processor. It is chosen when the module is imported, so it has a process of
+its own here: what other tests import stays compiled. With a CUDA device the compiled kernel runs the same tests too.
+
+`truth` is the table of verl/utils/divergence.py in float64, with `LOG_ZERO` for log 0, and shares no code with either.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from verl.utils import divergence
+from verl.utils.divergence import DIVERGENCES, LOG_ZERO, DivergenceSpec
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+KINDS = [("reverse_kl", 1.0), ("forward_kl", 1.0), ("gkd", 0.1), ("skew_reverse_kl", 0.9)]
+CASES = [("reverse_kl", 1.0), ("forward_kl", 1.0)]
+CASES += [(kind, beta) for kind in ("gkd", "skew_reverse_kl") for beta in (1e-4, 0.1, 0.5, 0.9, 0.999)]
+
+# As in tests/test_divergence.py: relative or absolute, whichever is looser; of a gradient relative to its largest
+# entry, or absolute by the bound of the value.
+VALUE_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+# One rounding to a narrower gradient: half a unit in the last place. The interpreter cuts bfloat16 off: a whole one.
+ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 0.0}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# truth
+
+
+def truth_side(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities and their logarithms (rows, V), float64."""
+    log_p = torch.log_softmax((logits.double() - logits.double().amax(-1, keepdim=True)) / temperature, dim=-1)
+    return log_p.exp(), log_p.masked_fill(log_p == -torch.inf, LOG_ZERO)
+
+
+def truth(student, teacher, spec, student_temperature, weights):
+    """(6, rows) and (rows, V), float64: results and the weighted gradient, by the table."""
+    s, log_s = truth_side(student, student_temperature)
+    t, log_t = truth_side(teacher, spec.temperature)
+    reverse_kl, forward_kl = (s * (log_s - log_t)).sum(-1), (t * (log_t - log_s)).sum(-1)
+    m = spec.beta * t + (1.0 - spec.beta) * s
+    log_m = torch.where(m > 0.0, m, 1.0).log()
+    student_to_m = (s * (log_s - log_m)).sum(-1)
+    if spec.distillation_type == "reverse_kl":
+        value, slope = reverse_kl, log_s - log_t - reverse_kl[:, None]
+    elif spec.distillation_type == "forward_kl":
+        value, slope = forward_kl, torch.where(s > 0.0, 1.0 - t / s, 0.0)
+    elif spec.distillation_type == "gkd":
+        value = spec.beta * (t * (log_t - log_m)).sum(-1) + (1.0 - spec.beta) * student_to_m
+        slope = (1.0 - spec.beta) * (log_s - log_m - student_to_m[:, None])
+    else:
+        h = log_s - log_m - (1.0 - spec.beta) * torch.where(m > 0.0, s / m, 0.0)
+        value, slope = student_to_m, h - (s * h).sum(-1, keepdim=True)
+    gradient = s - t if spec.distillation_type == "forward_kl" else s * slope
+    first_best = (student == student.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
+    is_agreed = teacher.gather(-1, first_best).squeeze(-1) == teacher.amax(-1)
+    entropies = -(s * log_s).sum(-1), -(t * log_t).sum(-1)
+    results = torch.stack((value, reverse_kl, forward_kl, *entropies, is_agreed.double()))
+    return results, gradient * (weights.double() / student_temperature)[:, None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is tested, and where it runs
+
+
+@dataclass
+class Problem:
+    """Arguments, without a gradient to write to."""
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    spec: DivergenceSpec
+    student_temperature: float
+    weights: torch.Tensor
+
+
+def problem(student, teacher, kind="reverse_kl", beta=1.0, temperatures=(0.7, 1.3), weights=None) -> Problem:
+    """`temperatures`: the student's and the teacher's."""
+    weights = torch.linspace(-1.0, 2.0, len(student), dtype=student.dtype) if weights is None else weights
+    return Problem(student, teacher, DivergenceSpec(kind, beta, temperatures[1]), temperatures[0], weights)
+
+
+@dataclass
+class Layout:
+    """`gradient`: its dtype, None for over the student. `padding`: entries of memory after each row, per tensor."""
+
+    gradient: torch.dtype | None = None
+    padding: tuple[int, int, int] = (0, 0, 0)
+    block: int | None = None  # in place of the module's BLOCK
+
+
+UNTOUCHED = -77.0
+
+
+def padded(values: torch.Tensor, padding: int) -> torch.Tensor:
+    memory = values.new_full((len(values), values.shape[-1] + padding), UNTOUCHED)
+    memory[:, : values.shape[-1]] = values
+    return memory
+
+
+def call(case: Problem, layout: Layout, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results and gradient; checks that memory between the rows of the gradient is left alone."""
+    from verl.utils.kernel import divergence_rows as module
+
+    vocab = case.student.shape[-1]
+    target = case.student if layout.gradient is None else torch.full_like(case.student, 3.0, dtype=layout.gradient)
+    tensors = (case.student, case.teacher, target)
+    memory = [padded(values, padding).to(device) for values, padding in zip(tensors, layout.padding, strict=True)]
+    student, teacher, gradient = (values[:, :vocab] for values in memory)
+    if layout.gradient is None:
+        memory[2], gradient = memory[0], student
+    with mock.patch.object(module, "BLOCK", layout.block or module.BLOCK):
+        weights = case.weights.to(device)
+        results = module.divergence_rows_(student, teacher, case.spec, case.student_temperature, weights, gradient)
+    assert (memory[2][:, vocab:] == UNTOUCHED).all()
+    return results.cpu(), gradient.cpu()
+
+
+def call_pickled(arguments: bytes) -> bytes:
+    # Lanes that a select discards may overflow or be NaN: on purpose, and silently so on a device.
+    with np.errstate(all="ignore"):
+        return pickle.dumps(call(*pickle.loads(arguments), "cpu"))
+
+
+def call_in(process: ProcessPoolExecutor, case: Problem, layout: Layout):
+    # As bytes: plain tensors would be handed over in shared memory, one file descriptor each.
+    return pickle.loads(process.submit(call_pickled, pickle.dumps((case, layout))).result())
+
+
+@pytest.fixture(scope="module", params=["interpreter", "cuda"] if torch.cuda.is_available() else ["interpreter"])
+def kernel(request):
+    """(case, layout) -> (results, gradient)."""
+    if request.param == "cuda":
+        yield partial(call, device="cuda")
+        return
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+            process.submit(os.getpid).result()  # starts it
+        yield partial(call_in, process)
+
+
+def close(actual, expected, dtype, factors, rounding=0.0, tolerance=1.0) -> None:
+    """Both are (results, gradient). `factors` (rows,): what the gradients were multiplied by."""
+    results, gradient = (side.double() for side in actual)
+    expected_results, expected_gradient = (side.double() for side in expected)
+    assert results.isfinite().all() and gradient.isfinite().all()
+    bound = VALUE_TOLERANCE[dtype] * expected_results.abs().clamp(min=1.0)
+    worst = ((results - expected_results).abs() / bound).amax(-1).tolist()
+    assert max(worst) <= tolerance, f"results off by {worst} times the bound"
+    relative = GRADIENT_TOLERANCE[dtype] * expected_gradient.abs().amax(-1)
+    bound = torch.maximum(relative, bound[0] * factors.double().abs()).unsqueeze(-1)
+    # 2**-25: half of the smallest float16.
+    bound = tolerance * bound + rounding * expected_gradient.abs() + (2.0**-25 if rounding > 2.0**-24 else 0.0)
+    excess = ((gradient - expected_gradient).abs() - bound).max().item()
+    assert excess <= 0.0, f"gradient off by {excess:.2g} more than the bound"
+
+
+def check(kernel, case: Problem, layout: Layout | None = None) -> None:
+    layout = layout or Layout()
+    dtype = case.student.dtype
+    results, gradient = kernel(case, layout)
+    assert results.dtype == dtype and gradient.dtype == (layout.gradient or dtype)
+    rounding = ROUNDING[gradient.dtype] if gradient.dtype != dtype else 0.0
+    expected = truth(case.student, case.teacher, case.spec, case.student_temperature, case.weights)
+    factors = case.weights / case.student_temperature
+    close((results, gradient), expected, dtype, factors, rounding)
+
+    student, teacher = case.student.clone(), case.teacher.clone()
+    twin_results = divergence.divergence_rows_(
+        student, teacher, case.spec, case.student_temperature, case.weights, student
+    )
+    close((results, gradient), (twin_results, student), dtype, factors, rounding, tolerance=2.0)
+    assert torch.equal(results[-1], twin_results[-1])
+
+
+def random_logits(rows: int, vocab: int, scale: float = 3.0, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    return (scale * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def five_rows(vocab: int, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ordinary, far apart, and with zero probabilities: of the student, of the teacher, of both (not only shared)."""
+    student, teacher = (random_logits(5, vocab, seed=seed, dtype=dtype) for seed in (0, 1))
+    student[1] *= 1e4 / student[1].abs().max()
+    teacher[1] *= 1e4 / teacher[1].abs().max()
+    if vocab > 1:
+        masked = [torch.rand(vocab, generator=torch.Generator().manual_seed(seed)) < 0.3 for seed in (2, 3)]
+        masked[0][:2], masked[1][:2] = torch.tensor([True, False]), torch.tensor([False, True])
+        student[2, masked[0]] = teacher[3, masked[1]] = -torch.inf
+        student[4, masked[0]] = teacher[4, masked[1]] = -torch.inf
+    return student, teacher
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# results and gradients
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 37, 1000, 1025])
+@pytest.mark.parametrize(("kind", "beta"), CASES)
+def test_float32(kernel, kind, beta, vocab):
+    check(kernel, problem(*five_rows(vocab), kind, beta))
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS + [("gkd", 1e-4), ("skew_reverse_kl", 1e-4)])
+def test_float64(kernel, kind, beta):
+    check(kernel, problem(*five_rows(1025, torch.float64), kind, beta), Layout(block=1024))
+
+
+@pytest.mark.parametrize(("kind", "beta"), [("gkd", 0.0), ("gkd", 1.0), ("skew_reverse_kl", 1.0)])
+def test_ends_of_beta(kernel, kind, beta):
+    case = problem(*five_rows(37), kind, beta)
+    other = problem(*five_rows(37), case.spec.resolve())
+    assert all(map(torch.equal, kernel(case, Layout()), kernel(other, Layout())))
+
+
+def test_skew_vanishes_at_beta_zero(kernel):
+    results, gradient = kernel(problem(*five_rows(37), "skew_reverse_kl", 0.0), Layout())
+    assert not results[0].any() and not gradient.any()
+
+
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (3.0, 3.0), (0.3, 0.2), (1.0, 2.5)])
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_temperatures(kernel, kind, beta, temperatures):
+    check(kernel, problem(*five_rows(37), kind, beta, temperatures))
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_a_common_offset_costs_no_digits(kernel, kind, beta):
+    student, teacher = ((random_logits(5, 37, seed=seed) * 16).round() / 16 for seed in (0, 1))
+    plain = kernel(problem(student, teacher, kind, beta), Layout())
+    shifted = kernel(problem(student + 1e5, teacher - 1e5, kind, beta), Layout())
+    assert all(map(torch.equal, plain, shifted))
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_maxima_that_grow_over_many_blocks(kernel, kind, beta):
+    """The sums of the first pass are moved to each new maximum, from masked blocks and over long distances too."""
+    vocab = 1025
+    student, teacher = five_rows(vocab)
+    student[0], teacher[0] = student[0].sort().values, teacher[0].sort(descending=True).values
+    student[1], teacher[1] = student[1].sort().values, teacher[1].sort().values
+    student[2, :300] = -torch.inf
+    student[3, :300] = teacher[3, :300] = -torch.inf
+    teacher[4, :300] = teacher[4, -300:] = -torch.inf
+    check(kernel, problem(student, teacher, kind, beta), Layout(block=128))
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_two_far_groups_of_entries(kernel, kind, beta):
+    """Mass that the other side has 1e4 away, met before and after the other side's maximum."""
+    student, teacher = random_logits(2, 300), random_logits(2, 300, seed=1)
+    student[0, :200] -= 40.0
+    teacher[0, 100:] += 1e4
+    teacher[1, 100:] -= 1e4
+    check(kernel, problem(student, teacher, kind, beta), Layout(block=64))
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_the_lowest_finite_logits_give_no_nan(kernel, kind, beta):
+    lowest = torch.finfo(torch.float32).min
+    student, teacher = random_logits(5, 200), random_logits(5, 200, seed=1)
+    student[0, :70] = lowest
+    teacher[1, :70] = lowest
+    student[2, 70:] = teacher[2, :100] = lowest
+    student[3], teacher[4] = lowest, lowest
+    for temperatures in ((1.0, 1.0), (0.5, 2.0)):
+        results, gradient = kernel(problem(student, teacher, kind, beta, temperatures), Layout(block=64))
+        assert results.isfinite().all() and gradient.isfinite().all()
+
+
+# Where M is almost S or T, divergence and gradient are small, and so must their errors be. Those of skew_reverse_kl are
+# of second order in beta: the first order, whose rounding stays, cancels. Hence its larger beta.
+@pytest.mark.parametrize(("kind", "beta"), [("gkd", 1e-4), ("gkd", 0.9999), ("skew_reverse_kl", 0.01)])
+def test_relative_error_where_the_divergence_is_small(kernel, kind, beta):
+    case = problem(random_logits(5, 1000), random_logits(5, 1000, seed=1), kind, beta)
+    results, gradient = kernel(case, Layout())
+    expected, expected_gradient = truth(case.student, case.teacher, case.spec, 0.7, case.weights)
+    assert ((results[0] - expected[0]).abs() <= 1e-5 * expected[0]).all()
+    assert ((gradient - expected_gradient).norm(dim=-1) <= 1e-5 * expected_gradient.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_close_distributions_keep_their_digits(kernel, kind, beta):
+    """The logits' differences are exact in float32 here, and what is computed of them keeps to their scale."""
+    student = (random_logits(5, 1000) * 16).round() / 16
+    teacher = student + (random_logits(5, 1000, seed=1) * 4).round() / 4096
+    case = problem(student, teacher, kind, beta, (1.0, 1.0))
+    results, gradient = kernel(case, Layout())
+    expected, expected_gradient = truth(student, teacher, case.spec, 1.0, case.weights)
+    assert ((results[:3] - expected[:3]).abs() <= 2e-7).all()
+    # S - T of forward_kl is a difference of roundings of the two sums' own; elsewhere a common factor drops out.
+    bound = 1e-3 if kind == "forward_kl" else 1e-6
+    assert ((gradient - expected_gradient).norm(dim=-1) <= bound * expected_gradient.norm(dim=-1)).all()
+
+
+def test_equal_sides_have_no_divergence(kernel):
+    student, _ = five_rows(37)
+    for kind, beta in KINDS:
+        results, gradient = kernel(problem(student, student.clone(), kind, beta, (1.3, 1.3)), Layout())
+        assert results[:3].abs().max() <= 1e-6 and gradient.abs().max() <= 1e-6
+        assert (results[-1] == 1.0).all()
+
+
+def test_agreement_is_of_the_first_of_equal_maxima(kernel):
+    student, teacher = torch.zeros(4, 300), torch.zeros(4, 300)
+    student[:, [70, 71, 250]] = 2.0
+    for row, best in enumerate((70, 71, 250)):
+        teacher[row, best] = 1.0
+    results, _ = kernel(problem(student, teacher), Layout(block=64))
+    assert results[-1].tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# weights and memory
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_a_weight_of_zero_gives_no_gradient(kernel, kind, beta):
+    weights = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.5])
+    case = problem(*five_rows(37), kind, beta, weights=weights)
+    _, gradient = kernel(case, Layout())
+    assert not gradient[weights == 0.0].any() and gradient[4].any()
+    check(kernel, case)
+
+
+def test_weights_of_another_dtype_and_stride(kernel):
+    case = problem(*five_rows(37))
+    expanded = problem(*five_rows(37), weights=torch.tensor(0.25, dtype=torch.float64).expand(5))
+    check(kernel, expanded)
+    case.weights = torch.arange(20, dtype=torch.float32)[::4]
+    check(kernel, case)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("padding", [(0, 0, 0), (11, 0, 3), (3, 27, 0)])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_gradients_of_any_dtype_and_rows_that_lie_apart(kernel, rows, padding, dtype):
+    student, teacher = (side[:rows] for side in five_rows(37))
+    check(kernel, problem(student, teacher, "gkd", 0.5), Layout(dtype, padding))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrower_gradients_of_float64_logits(kernel, dtype):
+    case = problem(*five_rows(37, torch.float64))
+    _, gradient = kernel(case, Layout(dtype))
+    _, expected = truth(case.student, case.teacher, case.spec, 0.7, case.weights)
+    bound = 1.01 * ROUNDING[dtype] * expected.abs() + 2.0**-25
+    assert gradient.dtype == dtype and ((gradient.double() - expected).abs() <= bound).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# without a launch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_rows_launch_nothing(dtype):
+    results, gradient = call(problem(*(torch.empty(0, 37, dtype=dtype) for _ in range(2))), Layout(), "cpu")
+    assert results.shape == (6, 0) and results.dtype == dtype and gradient.shape == (0, 37)
+
+
+def _total_variation(d, beta):
+    d.s.sub_(d.t)
+    return d.s.abs().sum(-1) / 2.0
+
+
+@pytest.mark.parametrize("kind", ["total_variation", "reverse_kl"])
+def test_a_divergence_of_the_users_own_is_left_to_torch(monkeypatch, kind):
+    monkeypatch.setitem(DIVERGENCES, kind, _total_variation)
+    case = problem(*five_rows(37), kind)
+    student, teacher = case.student.clone(), case.teacher.clone()
+    expected = divergence.divergence_rows_(student, teacher, case.spec, 0.7, case.weights, student)
+    results, gradient = call(case, Layout(), "cpu")
+    assert torch.equal(results, expected) and torch.equal(gradient, student)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# compilation
+
+
+class HopperWithoutDevice(SimpleNamespace):
+    """As much of a driver of Triton's as compiling for an H100 needs. Its device's number is nobody else's."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return -1
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """The kernels that calls would have launched, compiled to machine code for an H100 in place of it."""
+    import triton
+
+    from verl.utils.kernel import divergence_rows as module
+
+    kernels, kernel = [], module._rows_kernel
+
+    class Launcher:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: kernels.append(kernel.warmup(*args, grid=grid, **kwargs))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", HopperWithoutDevice())
+    monkeypatch.setattr(module, "_rows_kernel", Launcher())
+    return kernels
+
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float64),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "gradient"),
+    [(kind, *dtypes) for kind, _ in KINDS for dtypes in DTYPES] + [("reverse_kl", torch.float64, torch.bfloat16)],
+)
+def test_compiles_for_hopper(compiled, kind, dtype, gradient):
+    call(problem(*(torch.zeros(2, 48, dtype=dtype) for _ in range(2)), kind, 0.5), Layout(gradient), "cpu")
+    (kernel,) = compiled
+    assert kernel.asm["cubin"]
+    if dtype == gradient == torch.float64:
+        assert "f32" not in kernel.asm["ttir"]  # a constant or argument of fewer digits
+    if dtype == torch.float32:
+        assert "ld.global.v4" in kernel.asm["ptx"]  # memory is read 128 bits at a time
+        assert "xf64" not in kernel.asm["ttir"]  # nor is a block computed in more digits than that
+
+
+# Sizes and strides of one, of no and of another alignment are compiled apart.
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (3, 1), (1, 37), (3, 37), (1, 151936)])
+def test_compiles_for_any_shape(compiled, rows, vocab):
+    for kind, beta in KINDS[1:3]:
+        call(problem(torch.zeros(rows, vocab), torch.zeros(rows, vocab), kind, beta), Layout(), "cpu")
+    assert all(kernel.asm["cubin"] for kernel in compiled) and len(compiled) == 2

@@ -1,0 +1,257 @@
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The headline experiment: its numbers from hand-made curves, its baselines, and the README from the results."""
+
+import headline
+import headline_picture
+import headline_results
+import pytest
+import torch
+from baselines import forward_kl_topk, sampled_k1_advantages
+from conftest import ROOT
+from headline_results import best_learning_rate, cost, ratios, standard_error, steps_until, summarize
+
+RESULTS = ROOT / "examples" / "on_policy_distillation" / "results" / "headline.json"
+
+
+@pytest.mark.parametrize(
+    "accuracies, expected",
+    [
+        ([0.4, 0.5, 0.7, 0.8], 2),
+        ([0.4, 0.7, 0.69, 0.8], 1),  # a dip within the noise
+        ([0.4, 0.7, 0.65, 0.8], 3),  # a dip beyond it
+        ([0.4, 0.7, 0.8, 0.6], None),  # lost at the end
+        ([0.4, 0.5, 0.6, 0.69], None),  # never there
+        ([0.7, 0.7, 0.7, 0.7], 0),
+    ],
+)
+def test_steps_until_wants_the_target_and_that_it_lasts(accuracies, expected):
+    assert steps_until(dict(enumerate(accuracies)), target=0.7, noise=0.02) == expected
+
+
+def test_steps_until_counts_validated_steps_only():
+    assert steps_until({0: 0.4, 5: 0.6, 10: 0.75, 15: 0.74}, target=0.7, noise=0.02) == 10
+
+
+def test_standard_error_is_the_binomial_one():
+    assert standard_error(0.5, 100) == pytest.approx(0.05)
+
+
+def curve(accuracies, seconds=2.0, tokens=100):
+    steps = list(range(len(accuracies)))
+    per_step = [None] + [1.0] * (len(steps) - 1)
+    return {
+        "step": steps,
+        "accuracy": accuracies,
+        "seconds": [value and seconds for value in per_step],
+        "tokens": [value and tokens for value in per_step],
+    }
+
+
+def results():
+    """GRPO gains 0.4 in 8 steps, evenly; reverse KL does so in 2."""
+    rl = [0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8]
+    runs = [
+        ("grpo", 1e-3, 0, rl),
+        ("grpo", 1e-2, 0, [0.4] + [0.1] * 8),
+        ("reverse_kl", 1e-3, 0, [0.4, 0.5, 0.6, 0.7]),
+        ("reverse_kl", 1e-2, 0, [0.4, 0.7, 0.8, 0.8]),
+        ("grpo", 1e-3, 1, rl),
+        ("reverse_kl", 1e-2, 1, [0.4, 0.8, 0.79, 0.8]),
+        ("k1", 1e-3, 0, [0.4, 0.5, 0.6, 0.6]),
+    ]
+    return {
+        "held_out": 10_000,
+        "learning_rates": [1e-3, 1e-2],
+        "rollouts_per_step": 256,
+        "updates_per_step": 4,
+        "jobs": 2,
+        "model": {"type": "Llama", "layers": 1, "hidden": 32},
+        "machine": {"cpu": "some CPU", "cores": 2},
+        "versions": {"verl": "0.9.1"},
+        "methods": {
+            "grpo": {"title": "GRPO", "steps": 8},
+            "reverse_kl": {"title": "reverse KL", "steps": 3},
+            "k1": {"title": "k1", "steps": 3},
+            "gkd": {"title": "not run yet", "steps": 3},
+        },
+        "runs": [
+            {"method": method, "learning_rate": rate, "seed": seed, "curve": curve(accuracies)}
+            for method, rate, seed, accuracies in runs
+        ],
+    }
+
+
+def test_the_best_learning_rate_is_that_of_the_highest_mean_accuracy():
+    assert best_learning_rate(results(), "grpo") == 1e-3
+    assert best_learning_rate(results(), "reverse_kl") == 1e-2
+
+
+def test_summary_of_known_curves():
+    summary = summarize(results())
+    assert [seed["95%"]["steps"] for seed in summary["grpo"]["seeds"]] == [8, 8]
+    assert [seed["100%"]["steps"] for seed in summary["reverse_kl"]["seeds"]] == [2, 3]
+    assert summary["reverse_kl"]["seeds"][0]["100%"] == {"steps": 2, "tokens": 200, "seconds": 4.0}
+    assert summary["k1"]["seeds"][0]["95%"] == {"steps": None, "tokens": None, "seconds": None}
+    assert "gkd" not in summary
+
+
+def test_ratios_are_of_steps_seed_by_seed():
+    assert ratios(results(), 1.0) == [4.0, pytest.approx(8 / 3)]
+
+
+def test_costs_leave_the_base_out():
+    assert cost(curve([0.4, 0.5, 0.6]), until=2) == (200, 4.0)
+
+
+def test_text_of_known_curves():
+    text = headline_picture.readme_block(results(), "picture.svg")
+    assert "3.3 (2.7–4.0) × fewer steps to 100% of the gain" in text
+    assert "| reverse KL | 0.01 | 2 | 80.0 % | 1.5 (1–2) | 2.5 (2–3) |" in text
+    assert "| k1 | 0.001 | 1 | 60.0 % | > 3 | > 3 | – | – |" in text
+    assert "not run yet" not in text
+
+
+def test_results_come_back_from_their_file(tmp_path):
+    headline_results.write(results(), tmp_path / "results.json")
+    assert headline_results.read(tmp_path / "results.json") == results()
+
+
+def test_block_replaces_what_is_between_the_markers():
+    text = f"a\n{headline_picture.BEGIN}\nold\n{headline_picture.END}\nb\n"
+    changed = headline_picture.with_block(text, "new")
+    assert changed == text.replace("old", "new")
+    assert headline_picture.between_markers(changed) == "new"
+    with pytest.raises(ValueError, match="headline:begin"):
+        headline_picture.with_block("no markers", "new")
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="the headline experiment has not been run")
+def test_the_readme_has_the_numbers_of_the_results():
+    measured = headline_results.read(RESULTS)
+    picture = headline_picture.picture_path(RESULTS)
+    assert picture.exists()
+    block = headline_picture.readme_block(measured, picture.relative_to(ROOT).as_posix())
+    assert headline_picture.between_markers((ROOT / "README.md").read_text()) == block
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    headline_picture.draw_headline(results(), tmp_path / "picture.svg")
+    assert (tmp_path / "picture.svg").read_text().count("<svg") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_has_the_same_rollouts_and_updates(tmp_path):
+    for name, method in headline.METHODS.items():
+        given = dict(
+            line.split("=", 1) for line in headline.overrides(headline.Run(name, 3e-5, 2), tmp_path, tmp_path / "t")
+        )
+        prompts = int(given["data.train_batch_size"])
+        assert prompts * int(given["actor_rollout_ref.rollout.n"]) == headline.ROLLOUTS
+        assert prompts == headline.UPDATES * int(given["actor_rollout_ref.actor.ppo_mini_batch_size"])
+        assert given["actor_rollout_ref.actor.optim.lr"] == "3e-05"
+        assert ("teacher.model.path" in given) is (name != "grpo")
+        assert given["trainer.total_training_steps"] == str(method.steps)
+
+
+def test_a_run_s_curve_has_its_metrics_and_accuracies():
+    metrics = {1: {"distillation/kl": 0.123456789, "timing_s/step": 2.0, "response_length/mean": 3.5}}
+    assert headline.curve(metrics, {0: 0.5, 1: 0.6}) == {
+        "step": [0, 1],
+        "accuracy": [0.5, 0.6],
+        "kl": [None, 0.12346],
+        "student_entropy": [None, None],
+        "teacher_entropy": [None, None],
+        "top1_agreement": [None, None],
+        "reward": [None, None],
+        "seconds": [None, 2.0],
+        "tokens": [None, round(3.5 * headline.ROLLOUTS)],
+    }
+
+
+def test_every_run_is_trained_once_in_the_order_of_its_teachers(tmp_path, monkeypatch):
+    trained = []
+
+    def train_once(run, out, teacher):
+        trained.append((run.name, teacher and teacher.relative_to(out).parts[1]))
+        return curve([0.4, 0.5, 0.9 if run.learning_rate == headline.LEARNING_RATES[1] else 0.6])
+
+    monkeypatch.setattr(headline, "train_once", train_once)
+    experiment = headline.Experiment(tmp_path, tmp_path / "results" / "headline.json", jobs=1)
+    experiment.run(seeds=2)
+    best = f"{headline.LEARNING_RATES[1]:g}"
+    grid = len(headline.LEARNING_RATES)
+    assert len(trained) == len(set(trained)) == grid * len(headline.METHODS) + 2
+    assert [teacher for _, teacher in trained[:grid]] == [None] * grid
+    assert {teacher for _, teacher in trained[grid:-2]} == {f"grpo-lr{best}-seed0"}
+    assert trained[-2:] == [(f"grpo-lr{best}-seed1", None), (f"reverse_kl-lr{best}-seed1", f"grpo-lr{best}-seed1")]
+    written = headline_results.read(tmp_path / "results" / "headline.json")
+    assert len(written["runs"]) == len(trained)
+    assert headline_picture.readme_block(written, "picture.svg")
+
+
+def logits(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_truncated_forward_kl_and_its_gradient():
+    z = logits(0, 4, 9).requires_grad_()
+    log_s, log_t = z.log_softmax(-1), logits(1, 4, 9).log_softmax(-1)
+    top, index = log_t.topk(3, dim=-1)
+    expected = (top.exp() * (top - log_s.gather(-1, index))).sum(-1)
+    value, gradient = forward_kl_topk(log_s.detach(), log_t, k=3)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), z)[0])
+
+
+def test_truncated_forward_kl_of_the_whole_vocabulary_is_forward_kl():
+    log_s, log_t = logits(0, 4, 9).log_softmax(-1), logits(1, 4, 9).log_softmax(-1)
+    value, gradient = forward_kl_topk(log_s, log_t, k=9)
+    torch.testing.assert_close(value, (log_t.exp() * (log_t - log_s)).sum(-1))
+    torch.testing.assert_close(gradient, log_s.exp() - log_t.exp())
+
+
+def jagged(*rows):
+    return torch.nested.nested_tensor([torch.as_tensor(row) for row in rows], layout=torch.jagged)
+
+
+@pytest.mark.parametrize("is_projected", [False, True])
+def test_sampled_k1_is_the_log_ratio_of_the_sampled_tokens(is_projected):
+    hidden, weight, bias = logits(0, 3, 4).float(), logits(1, 7, 4).float(), logits(2, 7).float()
+    log_t = (hidden @ weight.T + bias).log_softmax(-1)
+    payload = hidden if is_projected else hidden @ weight.T + bias
+    advantages = sampled_k1_advantages(
+        jagged(payload[:2], payload[2:]),
+        weight if is_projected else None,
+        bias if is_projected else None,
+        responses=jagged([6, 0], [2]),
+        old_log_probs=jagged([-1.0, -2.0], [-3.0]),
+    )
+    expected = torch.tensor([[log_t[0, 6] + 1.0, log_t[1, 0] + 2.0], [log_t[2, 2] + 3.0, 0.0]])
+    torch.testing.assert_close(advantages.to_padded_tensor(0.0), expected)
+
+
+def test_sampled_k1_is_minus_the_reverse_kl_on_average():
+    """Over every token as often as the student says it."""
+    log_s, log_t = logits(0, 7).log_softmax(-1), logits(1, 7).log_softmax(-1)
+    advantages = sampled_k1_advantages(
+        jagged(log_t.expand(7, 7)), None, None, responses=jagged(list(range(7))), old_log_probs=jagged(log_s)
+    )
+    expected = -(log_s.exp() * (log_s - log_t)).sum().item()
+    assert (log_s.exp() * advantages.values()).sum().item() == pytest.approx(expected, rel=1e-6)
