@@ -736,7 +736,7 @@ BAD_SETTINGS = [
 
 @pytest.mark.parametrize("loss_fn", [pure, hybrid])
 @pytest.mark.parametrize("form", [flat_with_name, nested, dict_config_nested])
-@pytest.mark.parametrize(("settings", "words"), BAD_SETTINGS, ids=[str(settings) for settings, _ in BAD_SETTINGS])
+@pytest.mark.parametrize(("settings", "words"), BAD_SETTINGS, ids=[str(settings)[:60] for settings, _ in BAD_SETTINGS])
 def test_bad_setting_names_key_value_and_fix(settings, words, form, loss_fn):
     with pytest.raises(ValueError) as error:
         loss_fn(form(settings))
