@@ -27,15 +27,16 @@ what is resident before it: gradients and optimizer are the same in all kinds, a
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
+
+import torch
+from linear_divergence import machine, resident
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("fused", "dense", "grpo")
@@ -82,14 +83,6 @@ def make_rows(args: argparse.Namespace) -> list[dict]:
         }
         for _ in range(args.sequences)
     ]
-
-
-def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{field} is not in /proc/self/status")
 
 
 class Step:
@@ -193,15 +186,6 @@ def ask(process: subprocess.Popen) -> dict[str, float]:
     return json.loads(process.stdout.readline())
 
 
-def machine() -> dict:
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__, "date": date}
-
-
 def run(args: argparse.Namespace) -> None:
     processes = {}
     args.folder = tempfile.mkdtemp(prefix="trainer_update_")
@@ -223,7 +207,13 @@ def run(args: argparse.Namespace) -> None:
         for kind, of_kind in samples.items()
     }
     sizes = {name: getattr(args, name) for name in ("tokens", "sequences", "micro_batch", "vocab", "hidden", "layers")}
-    result = {"machine": machine(), "sizes": sizes, "repeats": args.repeats, "medians": medians, "samples": samples}
+    result = {
+        "machine": machine("cpu", torch.get_num_threads()),
+        "sizes": sizes,
+        "repeats": args.repeats,
+        "medians": medians,
+        "samples": samples,
+    }
     text = json.dumps(result, indent=2)
     if args.out:
         Path(args.out).write_text(text + "\n")

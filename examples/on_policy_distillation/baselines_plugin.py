@@ -18,13 +18,12 @@
 It does so while `verl` itself is being imported, so each registration waits for the module that it is about.
 """
 
-import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import PathFinder
 from types import ModuleType
 
 import torch
 from baselines import FORWARD_KL_TOPK, SAMPLED_K1, TOP_K, forward_kl_topk, sampled_k1_advantages
+
+from verl.plugin.cpu import after_import
 
 
 def _topk_rows(d, beta: float) -> torch.Tensor:
@@ -58,28 +57,10 @@ def _give_advantages(distillation_loss: ModuleType) -> None:
     distillation_loss.DistillationActorLoss.__call__ = call_with_advantages
 
 
-_AFTER_IMPORT = {
-    "verl.utils.divergence": _register_topk,
-    "verl.trainer.ppo.core_algos": _register_k1,
-    "verl.workers.utils.distillation_loss": _give_advantages,
-}
-
-
-class _AfterImportFinder(MetaPathFinder):
-    """Finds the modules of `_AFTER_IMPORT` as usual and runs their function once they have been executed."""
-
-    def find_spec(self, fullname, path=None, target=None):
-        spec = PathFinder.find_spec(fullname, path, target) if fullname in _AFTER_IMPORT else None
-        if spec is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_then_register(module: ModuleType) -> None:
-            execute(module)
-            _AFTER_IMPORT[fullname](module)
-
-        spec.loader.exec_module = execute_then_register
-        return spec
-
-
-sys.meta_path.insert(0, _AfterImportFinder())
+after_import(
+    {
+        "verl.utils.divergence": _register_topk,
+        "verl.trainer.ppo.core_algos": _register_k1,
+        "verl.workers.utils.distillation_loss": _give_advantages,
+    }
+)

@@ -76,10 +76,13 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == platform.PLATFORM_NAME
 
 
 class _AfterImportFinder(importlib.abc.MetaPathFinder):
-    """Finds the modules of ``_AFTER_IMPORT`` as usual and runs their callback once they have been executed."""
+    """Finds the modules of ``callbacks`` as usual and runs their callback once they have been executed."""
+
+    def __init__(self, callbacks: dict[str, Callable[[ModuleType], None]]):
+        self._callbacks = callbacks
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname not in _AFTER_IMPORT:
+        if fullname not in self._callbacks:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is None:
@@ -88,17 +91,18 @@ class _AfterImportFinder(importlib.abc.MetaPathFinder):
 
         def exec_module_then_register(module: ModuleType) -> None:
             exec_module(module)
-            _AFTER_IMPORT[fullname](module)
+            self._callbacks[fullname](module)
 
         spec.loader.exec_module = exec_module_then_register
         return spec
 
 
-def _install() -> None:
-    sys.meta_path.insert(0, _AfterImportFinder())
-    for name, register in _AFTER_IMPORT.items():
+def after_import(callbacks: dict[str, Callable[[ModuleType], None]]) -> None:
+    """Call each callback with the module of its name as soon as that has been executed, or now if it has been."""
+    sys.meta_path.insert(0, _AfterImportFinder(callbacks))
+    for name, callback in callbacks.items():
         if name in sys.modules:
-            register(sys.modules[name])
+            callback(sys.modules[name])
 
 
-_install()
+after_import(_AFTER_IMPORT)

@@ -123,12 +123,11 @@ def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None
 class _Target(NamedTuple):
     """What the student is compared with, and how; nothing here has a gradient.
 
-    `teacher` covers the vocabulary that both share; `student_temperature` divides the student's logits.
+    `teacher` covers the vocabulary that both share.
     """
 
     teacher: LogitSource
     spec: DivergenceSpec
-    student_temperature: float
 
     @property
     def vocab(self) -> int:
@@ -144,7 +143,7 @@ class _Target(NamedTuple):
         function = divergence_rows_
         if student.is_cuda:
             from verl.utils.kernel.divergence_rows import divergence_rows_ as function
-        return function(student, teacher, self.spec, self.student_temperature, weights, gradient)
+        return function(student, teacher, self.spec, self.spec.temperature, weights, gradient)
 
 
 class _Chunk(NamedTuple):
@@ -167,6 +166,12 @@ def _token_chunks(head: LinearLogits, target: _Target) -> Iterator[_Chunk]:
     longest = slices[0].stop if slices else 0
     memory = _memory(head, longest), _memory(target.teacher, longest)
     return (_Chunk(tokens, *memory) for tokens in slices)
+
+
+def _chunk_logits(head: LinearLogits, target: _Target, chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+    """Student's and teacher's logits of a chunk, in the memory that it brings."""
+    student = head.rows(chunk.tokens, chunk.student)
+    return student, target.logits(chunk.tokens, student, chunk.teacher)
 
 
 def _exact(head: LinearLogits) -> torch.autocast:
@@ -210,8 +215,7 @@ def _one_pass(
     head: LinearLogits, target: _Target, chunk: _Chunk, weights: torch.Tensor, gradients: _HeadGradients
 ) -> torch.Tensor:
     """Results of a chunk's tokens; adds their gradients."""
-    student = head.rows(chunk.tokens, chunk.student)
-    teacher = target.logits(chunk.tokens, student, chunk.teacher)
+    student, teacher = _chunk_logits(head, target, chunk)
     # Over the logits, where the products with it are in the same dtype.
     gradient = student if student.dtype == head.weight.dtype else torch.empty_like(student, dtype=head.weight.dtype)
     results = target.rows_(student, teacher, weights, gradient)
@@ -279,8 +283,7 @@ def _token_results(
     head: LinearLogits, target: _Target, chunk: _Chunk, labels: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """log_prob, entropy and the fields of TokenDivergence, (8, chunk)."""
-    student = head.rows(chunk.tokens, chunk.student)
-    teacher = target.logits(chunk.tokens, student, chunk.teacher)
+    student, teacher = _chunk_logits(head, target, chunk)
     results = student.new_empty((2 + len(TokenDivergence._fields), len(student)))
     for rows in cache_blocks(student):
         policy = _Policy.of(student[rows], labels[rows], temperature)
@@ -300,8 +303,7 @@ def _token_gradient(
     upstream: torch.Tensor,
 ) -> torch.Tensor:
     """With respect to the logits (chunk, V), in the weight's dtype; `upstream` (3, chunk) of log_prob, entropy, D."""
-    student = head.rows(chunk.tokens, chunk.student)
-    teacher = target.logits(chunk.tokens, student, chunk.teacher)
+    student, teacher = _chunk_logits(head, target, chunk)
     for rows in cache_blocks(student):
         grad_log_prob, grad_entropy, grad_divergence = upstream[:, rows]
         policy = _Policy.of(student[rows], labels[rows], temperature)
@@ -321,7 +323,7 @@ def divergence_of_head(
     token_weights: torch.Tensor,
 ) -> LinearDivergence:
     """`linear_divergence` for any source of the teacher's logits, which covers no more than the head's vocabulary."""
-    target = _Target(teacher, spec, spec.temperature)
+    target = _Target(teacher, spec)
     needs_gradients = torch.is_grad_enabled()  # which a Function's forward cannot see
     with _exact(head):
         loss, results = _LinearDivergence.apply(
@@ -339,7 +341,7 @@ def tokens_of_head(
     log_prob_temperature: float = 1.0,
 ) -> PolicyTokens:
     """`linear_token_divergence` for any source of the teacher's logits, as in `divergence_of_head`."""
-    target = _Target(teacher, spec, spec.temperature)
+    target = _Target(teacher, spec)
     with _exact(head):
         log_prob, entropy, *columns = _LinearTokenDivergence.apply(
             head.hidden, head.weight, head.bias, target, labels, log_prob_temperature

@@ -118,10 +118,10 @@ class DistillationActorLoss:
         rows = packed
         if not tu.get_non_tensor_data(data=data, key="use_remove_padding", default=True):
             rows = padded_rows(packed, data["input_ids"].offsets())
-        self._task = (self._divergence_task if self.is_pure else self._policy_task)(data, rows, packed)
+        self._task = self._divergence_task(data, rows) if self.is_pure else self._policy_task(data, rows, packed)
         return self._task
 
-    def _divergence_task(self, data: TensorDict, rows: torch.Tensor, packed_rows: torch.Tensor) -> DivergenceTask:
+    def _divergence_task(self, data: TensorDict, rows: torch.Tensor) -> DivergenceTask:
         self._set_global_batch_info(data)
         is_token = data["response_mask"].values() != 0
         weights = token_weights(_padded_mask(data), self.config.loss_agg_mode, self.config)
