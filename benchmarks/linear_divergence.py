@@ -312,7 +312,8 @@ def serve(name: str, threads: int) -> None:
     torch.set_num_threads(threads)
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print
-    x = call = None
+    x: Inputs | None = None
+    call: Call | None = None
     for line in sys.stdin:
         command = json.loads(line)
         try:
@@ -323,6 +324,8 @@ def serve(name: str, threads: int) -> None:
                 x = Inputs(n, Sizes(**sizes), memory)
                 call = IMPLEMENTATIONS[name](x)
                 reply = {}
+            elif x is None or call is None:
+                reply = {"error": "there are no inputs"}
             else:
                 reply = measure(call, x, command["kind"])
         except Exception as error:
@@ -332,26 +335,43 @@ def serve(name: str, threads: int) -> None:
         replies.write(json.dumps(reply) + "\n")
 
 
-class Worker:
+class LineProcess:
+    """A process that answers one line on stdout for each on stdin; `options` are of `subprocess.Popen`."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], **options):
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, **options
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+
+    def read_line(self) -> str:
+        """Empty if the process has ended."""
+        return self._stdout.readline()
+
+    def answer(self, line: str) -> str:
+        self._stdin.write(line + "\n")
+        return self.read_line()
+
+    def stop(self, timeout: float | None = None) -> None:
+        self._stdin.close()
+        self._process.wait(timeout)
+
+
+class Worker(LineProcess):
     def __init__(self, name: str, threads: int, memory: list[int]):
         # VERL looks for an accelerator when it is imported; the torch code measured here is the same on any platform.
         environment = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "verl.plugin.cpu"} | os.environ
         environment["PYTHONPATH"] = str(PEERS) if name.startswith(("trl", "liger")) else ""
         command = [sys.executable, __file__, "--worker", name, "--threads", str(threads)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "pass_fds": memory}
-        self._process = subprocess.Popen(command, env=environment, text=True, bufsize=1, **pipes)
+        super().__init__(command, environment, pass_fds=memory)
 
     def ask(self, **command) -> dict:
         try:
-            self._process.stdin.write(json.dumps(command) + "\n")
-            line = self._process.stdout.readline()
+            line = self.answer(json.dumps(command))
         except BrokenPipeError:
             line = ""
         return json.loads(line) if line else {"error": "the process ended (out of memory?)"}
-
-    def stop(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(60)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,7 +388,7 @@ def machine(device: str, threads: int) -> dict:
     facts |= {"python": platform.python_version(), "torch": torch.__version__}
     facts |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
     for name in ("trl", "liger_kernel"):
-        found = next(metadata.distributions(name=name, path=[str(PEERS)]), None)
+        found = next(iter(metadata.distributions(name=name, path=[str(PEERS)])), None)
         facts[name] = found.version if found else None
     return facts
 
@@ -388,7 +408,8 @@ class Table:
     """What has been measured at one number of tokens: rows by (implementation, type)."""
 
     def __init__(self, n: int, workers: dict[str, Worker]):
-        self.n, self._workers, self.rows = n, workers, {}
+        self.n, self._workers = n, workers
+        self.rows: dict[tuple[str, str], dict] = {}
 
     def warm_up(self, sizes: dict, memory: list[int], kinds: list[str]) -> None:
         """One call each that is not counted, and whose results are compared."""
@@ -451,8 +472,8 @@ def write(path: Path, facts: dict, rows: list[dict]) -> None:
 
 def run(options: argparse.Namespace) -> None:
     command = command_line("benchmarks/run.sh")
-    sizes = Sizes(options.vocab, options.student_width, options.teacher_width, options.dtype, options.device)
-    memory, sizes = sizes.share_weights(), asdict(sizes)
+    heads = Sizes(options.vocab, options.student_width, options.teacher_width, options.dtype, options.device)
+    memory, sizes = heads.share_weights(), asdict(heads)
     facts = {"command": command, "machine": machine(options.device, options.threads), "sizes": sizes}
     path = options.output or RESULTS / f"linear_divergence_{options.device}.json"
     # A size that is not measured now stays as it was measured, if that was with the same inputs.
@@ -470,7 +491,7 @@ def run(options: argparse.Namespace) -> None:
             table.say()
     finally:
         for worker in workers.values():
-            worker.stop()
+            worker.stop(timeout=60)
     say(f"wrote {path.name}")
 
 

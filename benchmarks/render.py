@@ -104,7 +104,8 @@ class Results:
         for n in self.tokens:
             for kind in self.kinds:
                 cells = [
-                    self.cell(n, kind, name, "extra_bytes", 1e-6, name != "ours" and "ours") for name in self.names
+                    self.cell(n, kind, name, "extra_bytes", 1e-6, "ours" if name != "ours" else None)
+                    for name in self.names
                 ]
                 rows.append([f"{n:,}, {kind}", *cells])
         return table(header, rows)

@@ -33,6 +33,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from linear_divergence import RESULTS, command_line, machine, say
@@ -49,6 +50,9 @@ DISAGREEMENT = 0.7  # deviation of a candidate's logit, drawn for each side
 ENTROPY = 1.0  # nats
 SAMPLE = 128  # tokens that the strength of the candidates is fitted on
 THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+
+Key = float | str | None  # a threshold, None for the exact gradients, or "floor"
+Times = dict[Key, tuple[list[float], list[float]]]
 
 
 @dataclass
@@ -129,7 +133,9 @@ class Pass:
         self.skipped.append((size[:, size.amax(0) < threshold].double().sum() / size.double().sum()).item())
 
 
-def one_pass(student: Side, teacher: Side, spec: DivergenceSpec, threshold: float | None, into: Pass, count=False):
+def one_pass(
+    student: Side, teacher: Side, spec: DivergenceSpec, threshold: float | None, into: Pass, count: bool = False
+) -> None:
     """As `linear_divergence`, with the gradient products of `Pass.add`."""
     into.weight.zero_()
     for chunk in chunks(len(student.hidden), len(student.weight), divergence.CHUNK_ELEMENTS):
@@ -181,16 +187,17 @@ def errors(student: Side, teacher: Side, spec: DivergenceSpec) -> list[dict]:
     return rows
 
 
-def timed(student: Side, teacher: Side, spec: DivergenceSpec, repeats: int) -> dict[float | str | None, list]:
+def timed(student: Side, teacher: Side, spec: DivergenceSpec, repeats: int) -> Times:
     """Seconds of whole passes and of their gradient products, interleaved, after a warm-up."""
-    into, times = empty_pass(student), {key: ([], []) for key in ("floor", None, *THRESHOLDS)}
+    into = empty_pass(student)
+    passes: dict[Key, Callable[[], None]] = {"floor": partial(floor_pass, student, teacher, into)}
+    for threshold in (None, *THRESHOLDS):
+        passes[threshold] = partial(one_pass, student, teacher, spec, threshold, into)
+    times: Times = {key: ([], []) for key in passes}
     for repeat in range(repeats + 1):
         for key, (whole, products) in times.items():
             into.product_seconds = 0.0
-            if key == "floor":
-                taken = seconds(lambda: floor_pass(student, teacher, into))
-            else:
-                taken = seconds(lambda key=key: one_pass(student, teacher, spec, key, into))
+            taken = seconds(passes[key])
             if repeat:
                 whole.append(taken)
                 products.append(into.product_seconds)
@@ -199,7 +206,7 @@ def timed(student: Side, teacher: Side, spec: DivergenceSpec, repeats: int) -> d
 
 def measure(student: Side, teacher: Side, kind: str, beta: float, repeats: int) -> list[dict]:
     spec = DivergenceSpec(kind, beta)
-    rows = [{"threshold": "floor"}, {"threshold": None}, *errors(student, teacher, spec)]
+    rows: list[dict] = [{"threshold": "floor"}, {"threshold": None}, *errors(student, teacher, spec)]
     times = timed(student, teacher, spec, repeats)
     for row in rows:
         whole, products = times[row["threshold"]]

@@ -36,7 +36,7 @@ import time
 from pathlib import Path
 
 import torch
-from linear_divergence import machine, resident
+from linear_divergence import LineProcess, machine, resident
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("fused", "dense", "grpo")
@@ -159,7 +159,7 @@ def serve(kind: str, args: argparse.Namespace) -> None:
         print(json.dumps(measure_once(step)), file=out, flush=True)
 
 
-def start(kind: str, port: int, args: argparse.Namespace) -> subprocess.Popen:
+def start(kind: str, port: int, args: argparse.Namespace) -> LineProcess:
     folder = Path(args.folder) / kind
     command = [sys.executable, __file__, "serve", kind, "--folder", str(folder)]
     for name in ("tokens", "sequences", "micro_batch", "vocab", "hidden", "layers"):
@@ -175,32 +175,23 @@ def start(kind: str, port: int, args: argparse.Namespace) -> subprocess.Popen:
         "VERL_USE_EXTERNAL_MODULES": "verl.plugin.cpu",
         "MALLOC_MMAP_THRESHOLD_": "1048576",  # freed tensors go back to the system, so that peaks are peaks
     }
-    return subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-
-
-def ask(process: subprocess.Popen) -> dict[str, float]:
-    process.stdin.write("\n")
-    process.stdin.flush()
-    return json.loads(process.stdout.readline())
+    return LineProcess(command, environment, stderr=subprocess.DEVNULL)
 
 
 def run(args: argparse.Namespace) -> None:
-    processes = {}
+    processes: dict[str, LineProcess] = {}
     args.folder = tempfile.mkdtemp(prefix="trainer_update_")
     for port, kind in enumerate(args.kinds, start=29600):
         processes[kind] = start(kind, port, args)  # one after the other: starting is work too
-        if processes[kind].stdout.readline().strip() != "ready":
+        if processes[kind].read_line().strip() != "ready":
             raise RuntimeError(f"{kind} did not start: run `{Path(__file__).name} serve {kind}` to see why")
-    samples = {kind: [] for kind in args.kinds}
+    samples: dict[str, list[dict[str, float]]] = {kind: [] for kind in args.kinds}
     for _ in range(args.repeats):
         for kind in args.kinds:
-            samples[kind].append(ask(processes[kind]))
+            samples[kind].append(json.loads(processes[kind].answer("")))
             print(kind, samples[kind][-1], file=sys.stderr, flush=True)
     for process in processes.values():
-        process.stdin.close()
-        process.wait()
+        process.stop()
     shutil.rmtree(args.folder)
     medians = {
         kind: {name: statistics.median(sample[name] for sample in of_kind) for name in of_kind[0]}

@@ -114,6 +114,33 @@ MISTAKES = {
     "pure with entropy": ([PURE, f"{ACTOR}.entropy_coeff=0.01"], "entropy_coeff=0.01.*Set it to 0"),
     "payload": ([PURE, "teacher.payload=logit"], r"teacher.payload=logit .*\['hidden_states', 'logits'\]"),
     "payload dtype": ([PURE, "teacher.payload_dtype=bf8"], "teacher.payload_dtype=bf8 is not a dtype: set it to"),
+    "path": ([PURE, "teacher.model.path=5"], "teacher.model.path=5 is no path: set it to"),
+    "dynamic": ([PURE, "teacher.use_dynamic_bsz=maybe"], "teacher.use_dynamic_bsz='maybe': set it to True or False"),
+    "micro batch": (
+        [PURE, "teacher.micro_batch_size_per_gpu=null"],
+        "teacher.micro_batch_size_per_gpu=None: set it to a whole number above 0",
+    ),
+    "micro batch of zero": ([PURE, "teacher.micro_batch_size_per_gpu=0"], "micro_batch_size_per_gpu=0: set it to"),
+    "tokens": (
+        [PURE, "teacher.use_dynamic_bsz=True", "teacher.max_token_len_per_gpu=1.5"],
+        "teacher.max_token_len_per_gpu=1.5: set it to a whole number",
+    ),
+    "dump frequency": ([PURE, "teacher.dump_freq=often"], "teacher.dump_freq='often' .* set it to -1 .never. or"),
+    "dump folder": ([PURE, "teacher.dump_freq=1", "teacher.dump_dir=null"], "teacher.dump_dir=None .*set it to a fold"),
+    "dump size": ([PURE, "teacher.dump_freq=1", "teacher.dump_size=-1"], "teacher.dump_size=-1: set it to a whole"),
+    "dump of a dense head": (
+        [PURE, "teacher.dump_freq=1", f"{ACTOR}.policy_loss.distillation_head=dense"],
+        "teacher.dump_freq=1 is written by a fused head: set .*distillation_head=fused",
+    ),
+    "megatron": ([PURE, f"{ACTOR}.strategy=megatron"], "strategy=megatron is not supported.*fsdp2 or fsdp"),
+    "engine's sequence parallel": (
+        [PURE, f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=2"],
+        "fsdp_config.ulysses_sequence_parallel_size=2.*to 1",
+    ),
+    "model dtype": (
+        [PURE, "teacher.fsdp_config.model_dtype=int"],
+        "teacher.fsdp_config.model_dtype=int is not a dtype",
+    ),
     "type": ([PURE, f"{ACTOR}.policy_loss.distillation_type=kl"], "distillation_type='kl'.*choose one of"),
     "beta": ([PURE, f"{ACTOR}.policy_loss.distillation_beta=1.5"], r"distillation_beta=1.5 is outside \[0, 1\]"),
     "temperature": ([PURE, f"{ACTOR}.policy_loss.distillation_temperature=0"], "distillation_temperature=0.*positive"),
@@ -233,7 +260,7 @@ def test_a_hub_name_is_resolved_to_its_snapshot(tmp_path):
     tiny_model(repository / "snapshots" / "0123abc")
     code = (
         "from verl.utils.output_projection import checkpoint_folder, find_output_projection as find\n"
-        "print(find(checkpoint_folder('org/teacher'), tied=False).weight_file)"
+        "print(find(checkpoint_folder('org/teacher'), tied=False).weight.file)"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

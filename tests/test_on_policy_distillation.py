@@ -775,6 +775,15 @@ BAD_INPUTS = {
     "mask's tokens": ({"mask": torch.ones(BATCH, TOKENS - 1)}, ["(5, 7)", "response_mask", "(5, 6)"]),
     "flat mask": ({"mask": torch.ones(BATCH * TOKENS)}, ["response_mask", "(35,)", "(batch, tokens)"]),
     "list mask": ({"mask": [[1] * TOKENS] * BATCH}, ["response_mask", "list", "(batch, tokens)"]),
+    "NaN mask": ({"mask": torch.full((BATCH, TOKENS), math.nan)}, ["response_mask", "NaN", "zero"]),
+    "empty vocabulary": (
+        {"teacher_logits": torch.zeros(BATCH, TOKENS, 0)},
+        ["vocabulary", "13", "of 0", "tokenizer"],
+    ),
+    "complex logits": (
+        {"student_logits": torch.zeros(BATCH, TOKENS, VOCAB, dtype=torch.complex64)},
+        ["student_logits", "complex64", "floating-point"],
+    ),
     "teacher's device": (
         {"teacher_logits": torch.zeros(BATCH, TOKENS, VOCAB, device="meta")},
         ["teacher_logits are on meta", "student_logits on cpu", "move"],
@@ -793,6 +802,33 @@ def test_bad_input_names_argument_value_and_fix(case, loss_fn):
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
 
 
+NO_DISTRIBUTION = {
+    "one NaN": lambda row: row.index_fill(-1, torch.tensor([3]), math.nan),
+    "one +inf": lambda row: row.index_fill(-1, torch.tensor([0]), math.inf),
+    "nothing but -inf": lambda row: torch.full_like(row, -math.inf),
+}
+
+
+@pytest.mark.parametrize("loss_fn", [pure, hybrid])
+@pytest.mark.parametrize("bad", NO_DISTRIBUTION)
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "gkd", "skew_reverse_kl"])
+@pytest.mark.parametrize("side", ["student_logits", "teacher_logits"])
+def test_a_response_token_without_a_distribution_names_the_side(side, kind, bad, loss_fn):
+    inputs = logits()
+    values = inputs[side].detach().clone()
+    values[0, :2] = NO_DISTRIBUTION[bad](values[0, :2])  # two response tokens
+    message = f"{side} have NaN, .inf or nothing but -inf at 2 of {sum(LENGTHS)} response tokens: .*bfloat16"
+    with pytest.raises(ValueError, match=message):
+        loss_fn({"distillation_type": kind, "distillation_beta": 0.5}, **inputs | {side: values})
+
+
+@pytest.mark.parametrize("side", ["student_logits", "teacher_logits"])
+def test_huge_logits_are_a_distribution(side):
+    inputs = logits()
+    loss, _, kl, _ = pure(**inputs | {side: (inputs[side] * 1e30).detach().requires_grad_()})
+    assert loss.isfinite() and kl.isfinite()
+
+
 @pytest.mark.parametrize("name", ["old_log_prob", "log_prob", "advantages"])
 def test_hybrid_needs_the_rl_inputs(name):
     with pytest.raises(ValueError, match=f"{name}.*{PURE}"):
@@ -801,10 +837,16 @@ def test_hybrid_needs_the_rl_inputs(name):
 
 # Broadcasting would turn some of these into a loss of something else without a word.
 @pytest.mark.parametrize("shape", [(BATCH, TOKENS + 1), (BATCH, 1), (TOKENS,), (1, TOKENS)])
-@pytest.mark.parametrize("name", ["old_log_prob", "log_prob", "advantages"])
+@pytest.mark.parametrize("name", ["old_log_prob", "log_prob", "advantages", "rollout_is_weights"])
 def test_hybrid_refuses_rl_inputs_of_another_shape(name, shape):
     with pytest.raises(ValueError, match=name):
         hybrid(**rl_inputs() | {name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("name", ["old_log_prob", "log_prob", "advantages", "rollout_is_weights"])
+def test_hybrid_refuses_rl_inputs_that_are_no_tensors(name):
+    with pytest.raises(ValueError, match=f"{name} is a list: .* needs a .batch, tokens. tensor"):
+        hybrid(**rl_inputs() | {name: [[0.0] * TOKENS] * BATCH})
 
 
 def test_unknown_aggregation_mode():

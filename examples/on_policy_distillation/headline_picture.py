@@ -64,10 +64,8 @@ def draw(axes, results: dict, methods: list[str]) -> None:
 def draw_headline(results: dict, path: Path) -> None:
     pyplot = import_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    draw(left, results, tuple(method for method in MAIN if runs_of(results, method)))
-    draw(
-        right, results, tuple(method for method in results["methods"] if method != "grpo" and runs_of(results, method))
-    )
+    draw(left, results, [method for method in MAIN if runs_of(results, method)])
+    draw(right, results, [method for method in results["methods"] if method != "grpo" and runs_of(results, method)])
     left.set_ylabel("held-out accuracy, %")
     left.set_title("RL against distillation, every seed (dashes: teacher of seed 0, dots: base)")
     right.set_title("Ways of distilling")

@@ -98,7 +98,7 @@ def measure(results: dict, run: dict) -> dict:
     """What one run contributes to the table."""
     base, teacher = first_and_last(teacher_curve(results, run["seed"]))
     accuracies = validated(run["curve"])
-    measured = {"base": base, "teacher": teacher, "final": accuracies[max(accuracies)]}
+    measured: dict[str, float | dict] = {"base": base, "teacher": teacher, "final": accuracies[max(accuracies)]}
     for share in SHARES:
         target = base + share * (teacher - base)
         noise = 2 * standard_error(target, results["held_out"])

@@ -48,8 +48,19 @@ Metrics = dict[int, dict[str, float]]  # by step
 
 NEEDS_MATPLOTLIB = "report.py draws with matplotlib, which is not installed: pip install matplotlib"
 # From timing_s/ of VERL, in the order of a step. What is left of a step is shown as "other".
-PHASES = ("gen", "reward", "old_log_prob", "ref", "values", "adv", "teacher", "update_critic", "update_actor")
-PHASES += ("update_weights", "save_checkpoint")
+PHASES = (
+    "gen",
+    "reward",
+    "old_log_prob",
+    "ref",
+    "values",
+    "adv",
+    "teacher",
+    "update_critic",
+    "update_actor",
+    "update_weights",
+    "save_checkpoint",
+)
 TOKEN_FIELDS = ("prompt", "tokens", "kl", "teacher_top", "student_top", "score")
 
 
@@ -60,8 +71,8 @@ TOKEN_FIELDS = ("prompt", "tokens", "kl", "teacher_top", "student_top", "score")
 
 def read_named_run(argument: str) -> tuple[str, Metrics]:
     """`NAME=PATH` or `PATH`; without a name it is the folder's or the file's own."""
-    name, _, path = argument.rpartition("=")
-    path = Path(path)
+    name, _, file_or_folder = argument.rpartition("=")
+    path = Path(file_or_folder)
     run = read_run(path) if path.is_dir() else read_metrics(path)
     if not run:
         raise ValueError(f"{path} has no metrics: give a metrics file of VERL, or a folder with metrics/*.jsonl")
@@ -215,7 +226,7 @@ def alternatives(side: str, top: list[list]) -> str:
 def token_span(
     token: str, kl: float | None, teacher_top: list[list] | None, student_top: list[list] | None, worst: float
 ) -> str:
-    if kl is None:
+    if kl is None or teacher_top is None or student_top is None:
         return f'<span class="token" title="not in the loss">{shown(token)}</span>'
     title = "\n".join([f"KL {kl:.4f}", alternatives("teacher", teacher_top), alternatives("student", student_top)])
     strength = min(1.0, max(0.0, kl / worst)) if worst > 0 else 0.0
@@ -226,8 +237,8 @@ def token_span(
 
 
 def sequence(record: dict[str, Any], worst: float) -> str:
-    columns = (record[field] for field in ("tokens", "kl", "teacher_top", "student_top"))
-    tokens = "".join(token_span(*entry, worst) for entry in zip(*columns, strict=True))
+    entries = zip(record["tokens"], record["kl"], record["teacher_top"], record["student_top"], strict=True)
+    tokens = "".join(token_span(*entry, worst) for entry in entries)
     score = "" if record["score"] is None else f' <span class="score">score {record["score"]:g}</span>'
     return f'<p><span class="prompt">{shown(record["prompt"])}</span>{tokens}{score}</p>'
 

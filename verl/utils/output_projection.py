@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["OutputProjection", "OutputProjectionFile", "checkpoint_folder", "find_output_projection"]
+__all__ = ["OutputProjection", "StoredProjection", "StoredTensor", "checkpoint_folder", "find_output_projection"]
 
 # Untied heads first: a checkpoint that holds one uses it, whatever else it holds.
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
@@ -43,18 +43,32 @@ class OutputProjection:
 
 
 @dataclass(frozen=True)
-class OutputProjectionFile:
-    """Where a checkpoint keeps its output projection: the names of the tensors and the files that hold them."""
+class StoredTensor:
+    """A tensor of a checkpoint: the file that holds it, and its name there."""
 
-    weight_name: str
-    weight_file: str
-    bias_name: str | None
-    bias_file: str | None
+    file: str
+    name: str
+
+    def read(self) -> torch.Tensor:
+        if self.file.endswith(".safetensors"):
+            from safetensors import safe_open
+
+            with safe_open(self.file, framework="pt") as file:
+                return file.get_tensor(self.name)
+        return torch.load(self.file, map_location="cpu", weights_only=True, mmap=True)[self.name]
+
+
+@dataclass(frozen=True)
+class StoredProjection:
+    """Where a checkpoint keeps its output projection."""
+
+    weight: StoredTensor
+    bias: StoredTensor | None
 
     def load(self, device: torch.device | str, dtype: torch.dtype) -> OutputProjection:
         """Read weight (V, H) and bias (V,) onto `device` in `dtype`."""
-        weight = _read_tensor(self.weight_file, self.weight_name).to(device=device, dtype=dtype)
-        bias = _read_tensor(self.bias_file, self.bias_name).to(device, dtype) if self.bias_name else None
+        weight = self.weight.read().to(device=device, dtype=dtype)
+        bias = None if self.bias is None else self.bias.read().to(device=device, dtype=dtype)
         return OutputProjection(weight, bias)
 
 
@@ -71,7 +85,7 @@ def checkpoint_folder(path: str) -> str:
     return snapshot_download(path, allow_patterns=["*.json", "*.bin"])
 
 
-def find_output_projection(checkpoint: str, tied: bool) -> OutputProjectionFile:
+def find_output_projection(checkpoint: str, tied: bool) -> StoredProjection:
     """Locate the output projection in the Hugging Face checkpoint folder `checkpoint` (safetensors or .bin).
 
     Args:
@@ -91,8 +105,8 @@ def find_output_projection(checkpoint: str, tied: bool) -> OutputProjectionFile:
             f"({', '.join(suffixes)}): set teacher.payload=logits, which lets the teacher run its own head."
         )
     bias = weight.removesuffix("weight") + "bias"
-    bias = bias if not tied and bias in files else None
-    return OutputProjectionFile(weight, files[weight], bias, files[bias] if bias else None)
+    has_bias = not tied and bias in files
+    return StoredProjection(StoredTensor(files[weight], weight), StoredTensor(files[bias], bias) if has_bias else None)
 
 
 def _ends_with(name: str, suffix: str) -> bool:
@@ -124,12 +138,3 @@ def _tensor_names(path: str) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     return list(torch.load(path, map_location="meta", weights_only=True, mmap=True))
-
-
-def _read_tensor(path: str, name: str) -> torch.Tensor:
-    if path.endswith(".safetensors"):
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[name]

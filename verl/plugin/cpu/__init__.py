@@ -33,12 +33,12 @@ import importlib.machinery
 import os
 import sys
 from types import ModuleType
-from typing import Callable
+from typing import Any, Callable
 
 from . import platform  # noqa: F401  (registers the platform)
 
 
-def _use_plain_gloo(distributed: ModuleType) -> None:
+def _use_plain_gloo(distributed: Any) -> None:
     """VERL asks for ``cpu:gloo,<device>:<backend>``, which names the CPU twice here and is refused by torch."""
     initialize = distributed.initialize_global_process_group_ray
 

@@ -51,18 +51,20 @@ def _build_device_module() -> ModuleType:
     """
     module = ModuleType("verl.plugin.cpu.device_module", "torch.cpu with the memory and RNG calls of torch.cuda")
     module.__dict__.update({name: getattr(torch.cpu, name) for name in torch.cpu.__all__})
-    module.get_device_name = lambda device=None: "CPU"  # the FLOPs counter looks its peak up by this name
-    module.empty_cache = _no_op
-    module.reset_peak_memory_stats = _no_op
-    module.memory_allocated = _resident_bytes
-    module.memory_reserved = _resident_bytes
-    module.max_memory_allocated = _peak_resident_bytes
-    module.max_memory_reserved = _peak_resident_bytes
-    module.mem_get_info = _free_and_total_bytes
-    module.manual_seed = torch.manual_seed
-    module.manual_seed_all = torch.manual_seed
-    module.get_rng_state = lambda device=None: torch.get_rng_state()
-    module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    module.__dict__.update(
+        get_device_name=lambda device=None: "CPU",  # the FLOPs counter looks its peak up by this name
+        empty_cache=_no_op,
+        reset_peak_memory_stats=_no_op,
+        memory_allocated=_resident_bytes,
+        memory_reserved=_resident_bytes,
+        max_memory_allocated=_peak_resident_bytes,
+        max_memory_reserved=_peak_resident_bytes,
+        mem_get_info=_free_and_total_bytes,
+        manual_seed=torch.manual_seed,
+        manual_seed_all=torch.manual_seed,
+        get_rng_state=lambda device=None: torch.get_rng_state(),
+        set_rng_state=lambda state, device=None: torch.set_rng_state(state),
+    )
     return module
 
 

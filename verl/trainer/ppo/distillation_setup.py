@@ -145,6 +145,9 @@ def _check_teacher(config: DictConfig, path: Optional[str]) -> None:
             f"teacher.model.path is not set, and policy_loss.loss_mode={_loss_mode(config)} needs a teacher: "
             "set teacher.model.path to a checkpoint that shares the student's tokenizer."
         )
+    if not isinstance(path, str):
+        raise ValueError(f"teacher.model.path={path!r} is no path: set it to the folder or the name of a checkpoint.")
+    _check_teacher_numbers(config.teacher)
     payload = config.teacher.payload
     if payload not in TEACHER_PAYLOADS:
         raise ValueError(f"teacher.payload={payload} is not a payload: choose one of {list(TEACHER_PAYLOADS)}.")
@@ -166,6 +169,27 @@ def _check_teacher(config: DictConfig, path: Optional[str]) -> None:
             f"teacher.dump_freq={config.teacher.dump_freq} is written by a fused head: set "
             "actor_rollout_ref.actor.policy_loss.distillation_head=fused, or teacher.dump_freq=-1."
         )
+
+
+def _check_teacher_numbers(teacher: DictConfig) -> None:
+    if not isinstance(teacher.use_dynamic_bsz, bool):
+        raise ValueError(f"teacher.use_dynamic_bsz={teacher.use_dynamic_bsz!r}: set it to True or False.")
+    if not _is_whole(teacher.dump_freq):
+        raise ValueError(
+            f"teacher.dump_freq={teacher.dump_freq!r} is no number of steps: set it to -1 (never) or a whole number."
+        )
+    if teacher.dump_freq > 0 and not teacher.dump_dir:
+        raise ValueError(
+            f"teacher.dump_dir={teacher.dump_dir!r} with teacher.dump_freq={teacher.dump_freq}: set it to a folder."
+        )
+    size = "max_token_len_per_gpu" if teacher.use_dynamic_bsz else "micro_batch_size_per_gpu"
+    for key in (size, "dump_size"):
+        if not _is_whole(teacher[key]) or teacher[key] < 1:
+            raise ValueError(f"teacher.{key}={teacher[key]!r}: set it to a whole number above 0.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_dtype(key: str, name: Any) -> None:

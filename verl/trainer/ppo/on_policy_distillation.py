@@ -305,6 +305,8 @@ def _require_same_shape(student: StudentLogits, teacher: TeacherLogits, response
     if not isinstance(response_mask, torch.Tensor) or response_mask.dim() != 2:
         given = tuple(response_mask.shape) if isinstance(response_mask, torch.Tensor) else type(response_mask).__name__
         raise ValueError(f"response_mask is {given}: pass a (batch, tokens) tensor, bool, int or float.")
+    if response_mask.is_floating_point() and response_mask.isnan().any():
+        raise ValueError("response_mask has NaN: pass nonzero for the tokens of the loss and zero for all others.")
     if student.shape[-1] != teacher.shape[-1]:
         raise ValueError(
             f"student_logits have a vocabulary of {student.shape[-1]}, teacher_logits of {teacher.shape[-1]}: both "
@@ -323,14 +325,31 @@ def _require_same_shape(student: StudentLogits, teacher: TeacherLogits, response
         )
 
 
-def _require_rl_input(name: str, value: Optional[torch.Tensor], response_mask: torch.Tensor) -> None:
-    if value is None:
-        raise ValueError(f"{name} is None: the RL term of {HYBRID} needs it; without an RL term use {PURE}.")
+def _require_rl_input(name: str, value: Any, response_mask: torch.Tensor) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(
+            f"{name} is {'None' if value is None else f'a {type(value).__name__}'}: the RL term of {HYBRID} needs a "
+            f"(batch, tokens) tensor; without an RL term use {PURE}."
+        )
     if value.shape != response_mask.shape:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, response_mask {tuple(response_mask.shape)}: "
             "pass one value per response token, (batch, tokens)."
         )
+
+
+def _require_distributions(tokens: TokenDivergence) -> None:
+    """Refuse response tokens where one side is no distribution, instead of training on NaN.
+
+    The entropy of a side depends on that side alone, so it says whose fault it is.
+    """
+    bad = torch.stack((tokens.teacher_entropy, tokens.student_entropy)).isnan().sum(-1).tolist()
+    for name, count in zip(("teacher_logits", "student_logits"), bad, strict=True):
+        if count:
+            raise ValueError(
+                f"{name} have NaN, +inf or nothing but -inf at {count} of {len(tokens.divergence)} response tokens: "
+                "find where the model's forward overflows; bfloat16 and float32 have the range that float16 lacks."
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -446,10 +465,12 @@ def compute_on_policy_distillation_loss(
         the loss, its gradient and every metric are zero.
 
     Raises:
-        ValueError: missing logits, shapes or vocabularies that do not match, or a bad configuration.
+        ValueError: missing logits, shapes or vocabularies that do not match, a bad configuration, or logits of a
+            response token that are no distribution: NaN, +inf, or -inf throughout.
     """
     settings = DistillationLossConfig.from_config(config)
     tokens, mask = _response_divergence(student_logits, teacher_logits, response_mask, settings.divergence)
+    _require_distributions(tokens)
     loss = _distillation_loss(student_logits, tokens, mask, loss_agg_mode, config)
     metrics = _distillation_metrics(tokens, loss)
     zero = loss.new_zeros(())
@@ -489,6 +510,10 @@ def compute_hybrid_rl_distillation_loss(
     tokens, mask = _response_divergence(student_logits, teacher_logits, response_mask, settings.divergence)
     for name, value in (("old_log_prob", old_log_prob), ("log_prob", log_prob), ("advantages", advantages)):
         _require_rl_input(name, value, response_mask)
+    if rollout_is_weights is not None:
+        _require_rl_input("rollout_is_weights", rollout_is_weights, response_mask)
+    if settings.hybrid_lambda_distill != 0.0:
+        _require_distributions(tokens)
     distill_loss = _distillation_loss(student_logits, tokens, mask, loss_agg_mode, config)
     if not mask.any():  # VERL's losses are means over response tokens: NaN when there are none
         return DistillationLossOutput(

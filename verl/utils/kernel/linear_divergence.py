@@ -455,8 +455,8 @@ def _shared_heads(
 
 
 def _require_head(name: str, head: LinearLogits) -> None:
-    shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (head.hidden, head.weight, head.bias)]
-    hidden, weight, bias = shapes
+    hidden, weight = tuple(head.hidden.shape), tuple(head.weight.shape)
+    bias = None if head.bias is None else tuple(head.bias.shape)
     fits = len(hidden) == 2 and len(weight) == 2 and hidden[1] == weight[1] and bias in (None, weight[:1])
     if not fits or not (head.hidden.is_floating_point() and head.weight.is_floating_point()):
         raise ValueError(

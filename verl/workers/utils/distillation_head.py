@@ -17,8 +17,9 @@ It runs where the model runs its head, inside the model's forward: sharded weigh
 gradients are reduced as those of any other layer.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Optional, Protocol
+from typing import Optional
 
 import torch
 
@@ -29,14 +30,41 @@ from verl.workers.utils.distillation_dump import TopEntries, top_entries
 __all__ = ["DistillationHead", "DivergenceTask", "HeadTask", "PolicyTask"]
 
 
-class HeadTask(Protocol):
-    """What a head computes for one micro-batch in place of logits."""
+@dataclass(kw_only=True)
+class HeadTask(ABC):
+    """What a head computes for one micro-batch in place of logits.
 
+    Args:
+        rows: (n,) int64, the rows of the model's output that predict the n tokens to be compared.
+        teacher: logits of the same n tokens.
+        dumped: (d,) int64, which of the n tokens are dumped with both sides' likeliest entries; mostly none.
+    """
+
+    rows: torch.Tensor
+    teacher: LogitSource
+    spec: DivergenceSpec
+    dumped: torch.Tensor
+    tokens: TokenDivergence = field(init=False)  # set by the call
+    tops: Optional[tuple[TopEntries, TopEntries]] = field(default=None, init=False)
+
+    @abstractmethod
     def __call__(self, head: LinearLogits) -> torch.Tensor:
         """`head.hidden`: (rows, H), all rows of the model's output. Returns (1, tokens, width)."""
 
+    @abstractmethod
     def model_output(self, output: torch.Tensor, offsets: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the engine hands to the loss, from the head's output; `offsets` are those of the packed sequences."""
+
+    def _compared(self, head: LinearLogits) -> tuple[LinearLogits, LogitSource]:
+        """Both sides' logits, not yet projected; of those to be dumped, the likeliest entries."""
+        student = LinearLogits(head.hidden[self.rows], head.weight, head.bias)
+        teacher = self.teacher.cut(len(head.weight))
+        if len(self.dumped):
+            student_top, teacher_top = (
+                top_entries(side, self.dumped, self.spec.temperature) for side in (student, teacher)
+            )
+            self.tops = student_top, teacher_top
+        return student, teacher
 
 
 class DistillationHead(torch.nn.Linear):
@@ -75,37 +103,19 @@ def _require_type(layer: torch.nn.Module, expected: type) -> None:
         )
 
 
-def _compared(task: "HeadTask", head: LinearLogits) -> tuple[LinearLogits, LogitSource]:
-    """Both sides' logits of the task's tokens, not yet projected; of those to be dumped, the likeliest entries."""
-    selected = LinearLogits(head.hidden[task.rows], head.weight, head.bias)
-    teacher = task.teacher.cut(len(head.weight))
-    if len(task.dumped):
-        task.tops = tuple(top_entries(side, task.dumped, task.spec.temperature) for side in (selected, teacher))
-    return selected, teacher
-
-
-@dataclass
-class DivergenceTask:
+@dataclass(kw_only=True)
+class DivergenceTask(HeadTask):
     """The pure loss, whose token weights are known before the forward: value and gradients in one pass.
 
     Args:
-        rows: (n,) int64, the rows of the model's output that predict the tokens of the loss.
-        teacher: logits of the same n tokens.
         token_weights: (n,), see `verl.trainer.ppo.on_policy_distillation.token_weights`.
-        dumped: (d,) int64, which of the n tokens are dumped with both sides' likeliest entries; mostly none.
     """
 
-    rows: torch.Tensor
-    teacher: LogitSource
-    spec: DivergenceSpec
     token_weights: torch.Tensor
-    dumped: torch.Tensor
-    tokens: Optional[TokenDivergence] = field(default=None, init=False)
-    tops: Optional[tuple[TopEntries, TopEntries]] = field(default=None, init=False)
 
     def __call__(self, head: LinearLogits) -> torch.Tensor:
-        selected, teacher = _compared(self, head)
-        out = divergence_of_head(selected, teacher, self.spec, self.token_weights)
+        student, teacher = self._compared(head)
+        out = divergence_of_head(student, teacher, self.spec, self.token_weights)
         self.tokens = out.metrics
         return out.loss.view(1, 1, 1)
 
@@ -113,34 +123,25 @@ class DivergenceTask:
         return {"distillation_loss": output.view(())}
 
 
-@dataclass
-class PolicyTask:
+@dataclass(kw_only=True)
+class PolicyTask(HeadTask):
     """The hybrid loss, whose RL term needs log-probabilities too: per-token results with a gradient of their own.
 
     Args:
-        rows: (n,) int64, the rows of the model's output that predict the response tokens.
-        packed_rows: (n,) int64, the same places in the packed sequences.
-        teacher: logits of the same n tokens.
-        labels: (n,) int64, those tokens.
+        packed_rows: (n,) int64, the places of `rows` in the packed sequences.
+        labels: (n,) int64, the tokens.
         temperature: the sampling temperature, of `log_probs` and `entropy`.
         calculate_entropy: whether the loss reads `entropy`.
-        dumped: (d,) int64, which of the n tokens are dumped with both sides' likeliest entries; mostly none.
     """
 
-    rows: torch.Tensor
     packed_rows: torch.Tensor
-    teacher: LogitSource
-    spec: DivergenceSpec
     labels: torch.Tensor
     temperature: float
     calculate_entropy: bool
-    dumped: torch.Tensor
-    tokens: Optional[TokenDivergence] = field(default=None, init=False)
-    tops: Optional[tuple[TopEntries, TopEntries]] = field(default=None, init=False)
 
     def __call__(self, head: LinearLogits) -> torch.Tensor:
-        selected, teacher = _compared(self, head)
-        out = tokens_of_head(selected, teacher, self.spec, self.labels, self.temperature)
+        student, teacher = self._compared(head)
+        out = tokens_of_head(student, teacher, self.spec, self.labels, self.temperature)
         self.tokens = out.tokens
         return torch.stack((out.log_prob, out.entropy, out.tokens.divergence), dim=-1).unsqueeze(0)
 

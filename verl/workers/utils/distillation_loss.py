@@ -106,7 +106,7 @@ class DistillationActorLoss:
         if student_logits is not None:
             self._packed_logits = student_logits.squeeze(0)
             return {}
-        policy_loss = _BoundPolicyLoss(self.config, data, self._compared(model_output, data))
+        policy_loss = _BoundPolicyLoss(self.config, data, self._compared(model_output or {}, data))
         if self.is_pure:
             return self._pure(policy_loss, data)
         loss, metrics = ppo_loss(self.config, model_output, data, dp_group, policy_loss_fn=policy_loss)
@@ -126,7 +126,9 @@ class DistillationActorLoss:
         is_token = data["response_mask"].values() != 0
         weights = token_weights(_padded_mask(data), self.config.loss_agg_mode, self.config)
         teacher = self._teacher_source(data["teacher_payload"].values()[is_token])
-        return DivergenceTask(rows[is_token], teacher, self._spec, weights, dumped=self._dumped(data))
+        return DivergenceTask(
+            rows=rows[is_token], teacher=teacher, spec=self._spec, token_weights=weights, dumped=self._dumped(data)
+        )
 
     def _policy_task(self, data: TensorDict, rows: torch.Tensor, packed_rows: torch.Tensor) -> PolicyTask:
         return PolicyTask(
@@ -144,7 +146,7 @@ class DistillationActorLoss:
     def _spec(self) -> DivergenceSpec:
         return DistillationLossConfig.from_config(self.config).divergence
 
-    def _compared(self, model_output: Optional[dict[str, torch.Tensor]], data: TensorDict) -> dict[str, Any]:
+    def _compared(self, model_output: dict[str, torch.Tensor], data: TensorDict) -> dict[str, Any]:
         """The registered loss's ``student_logits`` and ``teacher_logits``."""
         task, self._task = self._task, None
         if task is None:
@@ -155,7 +157,7 @@ class DistillationActorLoss:
         else:
             is_token = data["response_mask"].values() != 0  # the policy task covers every response token
             computed = HeadDivergence(TokenDivergence(*(column[is_token] for column in task.tokens)))
-        if task.tops is not None:
+        if self._dump is not None and task.tops is not None:
             self._dump.write(data, computed.tokens.reverse_kl, *task.tops)
         return {"student_logits": computed}
 

@@ -48,7 +48,7 @@ class DistillationTrainerHooks:
         self.enabled = teacher_is_enabled(config)
         self.is_pure = is_pure_distillation(config)
         self._config = config
-        self._teacher_wg: RayWorkerGroup | None = None
+        self._teacher_wg: RayWorkerGroup  # set by `init_teacher`
         self._bytes_per_token = 0
         if self.is_pure:
             _make_reward_optional(config)
@@ -90,7 +90,7 @@ class DistillationTrainerHooks:
         """Flags of the engine's forward: hand the logits to the loss; the pure loss needs no log-probs or entropy."""
         if not self.enabled:
             return {}
-        flags = {"distillation_use_topk": True, "distillation_only": self.is_pure}
+        flags: dict[str, Any] = {"distillation_use_topk": True, "distillation_only": self.is_pure}
         teacher = self._config.teacher
         if teacher.dump_freq > 0 and step % teacher.dump_freq == 0:
             flags[DUMP_FLAG] = os.path.join(os.path.expanduser(teacher.dump_dir), f"step_{step}")

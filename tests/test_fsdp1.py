@@ -1,0 +1,100 @@
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The student's head under FSDP1, whose weights are views of one flat parameter per unit.
+
+VERL's engine wants a GPU for `strategy=fsdp` (it has FSDP1 broadcast the parameters, which torch refuses on a CPU), so
+here torch's FSDP1 wraps a model as VERL's engine does, and the head gets its tasks directly.
+"""
+
+import functools
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_distillation_engine import free_port
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from verl.utils.divergence import DivergenceSpec, LinearLogits
+from verl.workers.utils.distillation_head import DistillationHead, DivergenceTask, HeadTask, PolicyTask
+
+VOCAB, LENGTH, TOKENS = 97, 12, 6
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def student() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **SIZES))
+    DistillationHead.convert(model.get_output_embeddings())
+    return model
+
+
+def make_task(kind: str, rank: int) -> HeadTask:
+    random = torch.Generator().manual_seed(1 + rank)
+    weight = torch.randn(VOCAB, 16, generator=torch.Generator().manual_seed(0))
+    common = {
+        "rows": torch.arange(3, 3 + TOKENS),
+        "teacher": LinearLogits(torch.randn(TOKENS, 16, generator=random), weight),
+        "spec": DivergenceSpec(),
+        "dumped": torch.arange(0),
+    }
+    if kind == "pure":
+        return DivergenceTask(token_weights=torch.rand(TOKENS, generator=random), **common)
+    labels = torch.randint(VOCAB, (TOKENS,), generator=random)
+    return PolicyTask(packed_rows=common["rows"], labels=labels, temperature=0.7, calculate_entropy=True, **common)
+
+
+def sum_of_outputs(model: torch.nn.Module, head: DistillationHead, kind: str, rank: int) -> torch.Tensor:
+    """Of everything that the head's task gives a gradient to, for the sequence of `rank`."""
+    head.task = make_task(kind, rank)
+    sequence = torch.randint(VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(rank))
+    return model(sequence).logits.sum()
+
+
+def wrapped(model: torch.nn.Module, use_orig_params: bool) -> FullyShardedDataParallel:
+    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=use_orig_params
+    )
+
+
+def train_one_step(rank: int, world_size: int, port: int, kind: str, use_orig_params: bool) -> None:
+    """In each process: a step of FSDP1 moves every parameter as a step of the plain model over all sequences does."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    plain, model = student(), student()
+    before = [parameter.detach().clone() for parameter in plain.parameters()]
+    head = model.get_output_embeddings()
+    sharded = wrapped(model, use_orig_params)
+    optimizers = [torch.optim.SGD(module.parameters(), lr=1.0) for module in (plain, sharded)]
+    for other in range(world_size):
+        (sum_of_outputs(plain, plain.get_output_embeddings(), kind, other) / world_size).backward()
+    sum_of_outputs(sharded, head, kind, rank).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    with FullyShardedDataParallel.summon_full_params(sharded):
+        for start, expected, actual in zip(before, plain.parameters(), sharded.parameters(), strict=True):
+            assert not torch.equal(start, expected)
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.parametrize("kind", ["pure", "hybrid"])
+def test_a_step_is_that_of_the_plain_model(kind, use_orig_params):
+    torch.multiprocessing.spawn(train_one_step, args=(2, free_port(), kind, use_orig_params), nprocs=2)
