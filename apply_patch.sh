@@ -350,15 +350,29 @@ If blobs are missing, fetch VERL's tag v${supported_releases##* } into the check
 
 undone="writing failed; what was written has been undone"
 
+# git and patch(1) write a changed file anew, with the mode and the owner of a new one.
+restore_modes() {
+    local file
+    while IFS= read -r file; do
+        if [ ! -e "$target/$file" ] || [ ! -e "$backup/$file" ]; then continue; fi
+        cp "$target/$file" "$backup/written"
+        cp -p "$backup/$file" "$target/$file"
+        cat "$backup/written" >"$target/$file"
+    done < <(changed_files)
+}
+
 # write_patch [--reverse], after everything has been checked
 write_patch() {
     keep_backup
+    # Who can read VERL's files must be able to read the new ones, whatever the umask of who applies the patch.
+    umask "$(printf '%04o' $((0$(umask) & 022)))"
     if [ -n "$three_way" ]; then
         start_merge
         git_merge apply --3way --whitespace=nowarn "$@" "$patch_file" 2>/dev/null || die "$undone"
     else
         apply_tool "$@" >/dev/null || die "$undone"
     fi
+    restore_modes || die "$undone"
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

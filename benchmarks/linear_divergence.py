@@ -471,23 +471,24 @@ def write(path: Path, facts: dict, rows: list[dict]) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    command = command_line("benchmarks/run.sh")
+    this_run = {"command": command_line("benchmarks/run.sh"), "machine": machine(options.device, options.threads)}
     heads = Sizes(options.vocab, options.student_width, options.teacher_width, options.dtype, options.device)
     memory, sizes = heads.share_weights(), asdict(heads)
-    facts = {"command": command, "machine": machine(options.device, options.threads), "sizes": sizes}
     path = options.output or RESULTS / f"linear_divergence_{options.device}.json"
     # A size that is not measured now stays as it was measured, if that was with the same inputs.
-    before = json.loads(path.read_text()) if path.exists() else {}
-    kept = [row for row in before.get("rows", []) if before["sizes"] == sizes and row["n"] not in options.tokens]
+    before: dict = json.loads(path.read_text()) if path.exists() else {"sizes": sizes, "runs": {}, "rows": []}
+    kept = [row for row in before["rows"] if before["sizes"] == sizes and row["n"] not in options.tokens]
+    runs = {str(row["n"]): before["runs"][str(row["n"])] for row in kept}
     workers = {name: Worker(name, options.threads, memory) for name in options.implementations}
     tables = []
     try:
         for n, repeats in zip(options.tokens, options.repeats, strict=True):
             tables.append(table := Table(n, workers))
+            runs[str(n)] = this_run
             table.warm_up(sizes, memory, options.types)
             for _ in range(repeats):
                 table.round()
-                write(path, facts, kept + [row for t in tables for row in t.rows.values()])
+                write(path, {"runs": runs, "sizes": sizes}, kept + [row for t in tables for row in t.rows.values()])
             table.say()
     finally:
         for worker in workers.values():

@@ -51,13 +51,15 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def conditions(facts: dict) -> str:
-    m, sizes = facts["machine"], facts["sizes"]
+def conditions(run: dict, sizes: dict) -> str:
+    """Of a run: its command and its machine."""
+    m = run["machine"]
     size = f"V = {sizes['vocab']:,}, H_s = {sizes['student_width']:,}, H_t = {sizes['teacher_width']:,}"
     size += f", {sizes['dtype']}" if "dtype" in sizes else ", float32"
+    load = "" if m["load"] is None else f" (load {m['load']} at the start)"
     return (
-        f"`{facts['command']}`, {m['date']}. {m['device']}, {m['cores']} cores, {m['threads']} threads (load "
-        f"{m['load']} at the start), torch {m['torch']}, Python {m['python']}. {size}."
+        f"`{run['command']}`, {m['date']}. {m['device']}, {m['cores']} cores, {m['threads']} threads{load}, "
+        f"torch {m['torch']}, Python {m['python']}. {size}."
     )
 
 
@@ -75,7 +77,11 @@ class Results:
         return statistics.median(row[field]) if row and row[field] and "error" not in row else None
 
     def title(self, name: str) -> str:
-        return NAMES[name].format(**self.facts["machine"])
+        return NAMES[name].format(**self.facts["runs"][str(self.tokens[-1])]["machine"])
+
+    def conditions(self) -> str:
+        lines = [f"- n = {n:,}: {conditions(self.facts['runs'][str(n)], self.facts['sizes'])}" for n in self.tokens]
+        return "\n".join(lines)
 
     def cell(self, n, kind, name, field, scale, base: str | None) -> str:
         """The value, and how many times that of `base` it is."""
@@ -128,7 +134,7 @@ def linear_divergence(device: str) -> str | None:
     if facts is None:
         return "Not measured: no CUDA device was at hand." if device == "cuda" else None
     results = Results(facts)
-    parts = [conditions(facts), "Time, forward plus backward:", results.times()]
+    parts = [results.conditions(), "Time, forward plus backward:", results.times()]
     parts += ["Peak memory beyond inputs and gradients:", results.memory(), results.notes()]
     return "\n\n".join(part.strip() for part in parts)
 
@@ -153,7 +159,7 @@ def sparse_columns() -> str | None:
         cells.append(f"{row['kept_columns']:.1%}" if "kept_columns" in row else "100%")
         cells += [f"{row[k]:.1e}" if k in row else "0" for k in ("skipped_mass", "hidden_error", "weight_error")]
         rows.append([f"{row['kind']}, {name}", *cells])
-    return "\n\n".join((conditions(facts), what, table(header, rows)))
+    return "\n\n".join((conditions(facts, facts["sizes"]), what, table(header, rows)))
 
 
 def trainer_update() -> str | None:

@@ -21,7 +21,8 @@ take turns, and writes the medians. Kinds:
 
 A step here is what a trainer does after the rollout and before the next: the teacher's pass (or the old log-probs), and
 the update. Generation is left out: it is the same for all. Extra memory is the peak resident memory of the update less
-what is resident before it: gradients and optimizer are the same in all kinds, and are allocated by a first step.
+what is resident before it. It includes the gradients, which every step allocates anew and which are the same in all
+kinds; the optimizer's state is there since the first step.
 """
 
 import argparse

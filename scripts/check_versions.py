@@ -80,7 +80,10 @@ def verified(tree, *options):
     """Column to (outcome, what it printed), for each line of verify_patch.py."""
     done = run(sys.executable, VERIFY, *options, tree)
     lines = re.findall(r"^verify: (\w+) +(ok|FAILED|not checked): (.*)$", done.stdout, flags=re.MULTILINE)
-    return {name: (result, "" if result == "ok" else text) for name, result, text in lines}
+    results = {name: (result, "" if result == "ok" else text) for name, result, text in lines}
+    if done.returncode != 0 and all(result == "ok" for result, _ in results.values()):  # it came to an early end
+        results["losses"] = ("FAILED", done.stdout)
+    return results
 
 
 def trainer_steps(tree):

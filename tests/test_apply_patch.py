@@ -247,6 +247,25 @@ def test_checkout_of_another_user(checkout):
     assert sorted(CHANGED) == git(checkout, "diff", "--name-only").split()
 
 
+def modes(folder):
+    """Path to permissions of all files and directories."""
+    paths = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return {path.relative_to(folder).as_posix(): path.stat().st_mode & 0o777 for path in paths}
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+def test_modes_of_files_stay_and_new_files_can_be_read(umask, tree):
+    for file, mode in zip(CHANGED, (0o664, 0o640), strict=False):
+        (tree / file).chmod(mode)
+    before = modes(tree)
+    apply(tree, umask=umask)
+    patched = modes(tree)
+    succeed("--reverse", tree, umask=umask)
+    assert {file: patched[file] for file in before} == modes(tree) == before
+    added = patched.keys() - before.keys()
+    assert added and [file for file in added if patched[file] & 0o444 != 0o444] == []
+
+
 def test_hard_links_are_cut(tree, tmp_path):
     # uv links what it installs into its cache.
     (tmp_path / "cache.py").hardlink_to(tree / EDITED)

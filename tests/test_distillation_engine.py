@@ -105,6 +105,7 @@ CASES = {
     "gradient_checkpointing": (PURE, f"{MICRO}=4", "actor_rollout_ref.model.enable_gradient_checkpointing=True"),
     "bf16_payload": (PURE, f"{MICRO}=4", "teacher.payload_dtype=bfloat16"),
     "hybrid": (HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_rl=0.7", f"{LOSS}.hybrid_lambda_distill=0.3"),
+    "hybrid_1_1": (HYBRID, f"{MICRO}=4"),
     "hybrid_packed": (
         HYBRID,
         f"{MICRO}=2",
@@ -131,10 +132,19 @@ CASES = {
     "hybrid_only_distill": (HYBRID, f"{MICRO}=4", DENSE, f"{LOSS}.hybrid_lambda_rl=0"),
     "vanilla": (f"{LOSS}.loss_mode=vanilla", f"{MICRO}=4"),
 }
-TIED = {"tied": (PURE, f"{MICRO}=4")}
+BF16 = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"  # VERL's default
+BF16_CASES = {
+    f"{prefix}bf16{suffix}": (loss, f"{MICRO}=4", BF16, *head)
+    for prefix, head in (("", ()), ("dense_", (DENSE,)))
+    for suffix, loss in (("", PURE), ("_hybrid", HYBRID))
+}
+TIED = {"tied": (PURE, f"{MICRO}=4"), "tied_hybrid": (HYBRID, f"{MICRO}=4")}
+TIED |= {f"dense_{name}": (*case, DENSE) for name, case in TIED.items()}
 LORA = ("actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora_alpha=8")
-LORA_CASES = {"lora": (PURE, f"{MICRO}=4", *LORA), "dense_lora": (PURE, f"{MICRO}=4", DENSE, *LORA)}
-BIAS = {"bias": (PURE, f"{MICRO}=4"), "dense_bias": (PURE, f"{MICRO}=4", DENSE)}
+LORA_CASES = {"lora": (PURE, f"{MICRO}=4", *LORA), "lora_hybrid": (HYBRID, f"{MICRO}=4", *LORA)}
+LORA_CASES |= {f"dense_{name}": (*case, DENSE) for name, case in LORA_CASES.items()}
+BIAS = {"bias": (PURE, f"{MICRO}=4"), "bias_hybrid": (HYBRID, f"{MICRO}=4")}
+BIAS |= {f"dense_{name}": (*case, DENSE) for name, case in BIAS.items()}
 PADDED = {"padded_teacher": (PURE, f"{MICRO}=4"), "dense_padded_teacher": (PURE, f"{MICRO}=4", DENSE)}
 
 
@@ -199,7 +209,7 @@ def batch():
 @pytest.fixture(scope="module")
 def one_rank(checkpoints, batch, tmp_path_factory):
     cases = (
-        with_models(CASES, checkpoints["student"], checkpoints["teacher"])
+        with_models(CASES | BF16_CASES, checkpoints["student"], checkpoints["teacher"])
         | with_models(TIED, checkpoints["tied_student"], checkpoints["tied_teacher"])
         | with_models(PADDED, checkpoints["student"], checkpoints["padded_teacher"])
         | with_models(LORA_CASES, checkpoints["student"], checkpoints["teacher"])
@@ -354,8 +364,12 @@ def test_an_adapted_student_has_gradients_at_its_adapters_only(one_rank):
         ("hybrid_packed", "dense_hybrid"),
         ("hybrid_entropy", "dense_hybrid_entropy"),
         ("padded_teacher", "dense_padded_teacher"),
+        ("tied", "dense_tied"),
+        ("tied_hybrid", "dense_tied_hybrid"),
         ("lora", "dense_lora"),
+        ("lora_hybrid", "dense_lora_hybrid"),
         ("bias", "dense_bias"),
+        ("bias_hybrid", "dense_bias_hybrid"),
     ],
 )
 def test_a_fused_head_gives_the_dense_heads_loss_metrics_and_gradients(fused, dense, one_rank):
@@ -366,6 +380,29 @@ def test_a_fused_head_gives_the_dense_heads_loss_metrics_and_gradients(fused, de
         name = f"distillation/{name}"
         assert fused["metrics"][name] == pytest.approx(dense["metrics"][name], rel=1e-5), name
     assert_same_gradients(fused["gradients"], dense["gradients"], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["", "_hybrid"])
+def test_a_fused_head_in_bfloat16_is_as_near_to_float32_as_the_dense_one(kind, one_rank):
+    exact = one_rank["hybrid_1_1" if kind else "reverse_kl"]
+    for name in (f"bf16{kind}", f"dense_bf16{kind}"):
+        assert one_rank[name]["loss"] != exact["loss"]  # or nothing was rounded
+        assert one_rank[name]["loss"] == pytest.approx(exact["loss"], rel=2e-2)
+        assert_same_gradients(one_rank[name]["gradients"], exact["gradients"], tolerance=3e-2)
+
+
+def test_a_sequence_without_tokens_of_the_loss_on_one_of_two_ranks(checkpoints, batch, tmp_path):
+    """VERL fills batches up with such sequences."""
+    empty = batch[3] | {"mask": [0] * len(batch[3]["mask"])}
+    padded = [*batch[:3], empty, *batch[4:]]
+    cases = with_models(
+        {"pure": (PURE, f"{MICRO}=1"), "hybrid": (HYBRID, f"{MICRO}=1")}, checkpoints["student"], checkpoints["teacher"]
+    )
+    one, two = (run_workers(tmp_path, f"{size}", cases, padded, world_size=size) for size in (1, 2))
+    for name in cases:
+        assert two[name]["loss"] == pytest.approx(one[name]["loss"], rel=1e-5)
+        assert two[name]["metrics"].keys() == one[name]["metrics"].keys()
+        assert_same_gradients(two[name]["gradients"], one[name]["gradients"], tolerance=1e-5)
 
 
 def test_hybrid_without_distillation_is_vanilla_exactly(one_rank):

@@ -13,6 +13,9 @@
 # limitations under the License.
 """The headline experiment: its numbers from hand-made curves, its baselines, and the README from the results."""
 
+import json
+import os
+
 import headline
 import headline_picture
 import headline_results
@@ -77,6 +80,8 @@ def results():
         "rollouts_per_step": 256,
         "updates_per_step": 4,
         "jobs": 2,
+        "optimizer": "AdamW over the run",
+        "top_k": 2,
         "model": {"type": "Llama", "layers": 1, "hidden": 32},
         "machine": {"cpu": "some CPU", "cores": 2},
         "versions": {"verl": "0.9.1"},
@@ -138,12 +143,13 @@ def test_block_replaces_what_is_between_the_markers():
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="the headline experiment has not been run")
-def test_the_readme_has_the_numbers_of_the_results():
-    measured = headline_results.read(RESULTS)
+def test_the_documents_have_the_numbers_of_the_results():
     picture = headline_picture.picture_path(RESULTS)
     assert picture.exists()
-    block = headline_picture.readme_block(measured, picture.relative_to(ROOT).as_posix())
-    assert headline_picture.between_markers((ROOT / "README.md").read_text()) == block
+    blocks = headline_picture.documents(headline_results.read(RESULTS), picture)
+    assert [document.name for document in blocks] == ["README.md", "ON_POLICY_DISTILLATION.md"]
+    for document, block in blocks.items():
+        assert headline_picture.between_markers(document.read_text()) == block
 
 
 def test_the_picture_is_drawn(tmp_path):
@@ -204,6 +210,18 @@ def test_every_run_is_trained_once_in_the_order_of_its_teachers(tmp_path, monkey
     written = headline_results.read(tmp_path / "results" / "headline.json")
     assert len(written["runs"]) == len(trained)
     assert headline_picture.readme_block(written, "picture.svg")
+
+
+def test_a_finished_run_is_done_again_only_if_its_settings_or_its_teacher_changed(tmp_path):
+    done, teacher = tmp_path / "curve.json", tmp_path / "teacher"
+    assert headline.finished_curve(done, ["lr=1"], None) is None
+    teacher.mkdir()
+    done.write_text(json.dumps({"settings": ["lr=1"], "curve": {"step": [0]}}))
+    os.utime(teacher, (0, 0))
+    assert headline.finished_curve(done, ["lr=1"], teacher) == {"step": [0]}
+    assert headline.finished_curve(done, ["lr=2"], teacher) is None
+    os.utime(teacher, (2e9, 2e9))
+    assert headline.finished_curve(done, ["lr=1"], teacher) is None
 
 
 def logits(seed, *shape):

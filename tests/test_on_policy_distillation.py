@@ -730,6 +730,9 @@ BAD_SETTINGS = [
     ({"distillation_heads": "dense"}, ["distillation_heads", "'dense'", "distillation_head"]),
     ({"distillation_beta": []}, ["distillation_beta", "[]", "float"]),
     ({"distillation_temperature": 10**400}, ["distillation_temperature", "finite"]),
+    ({"disitllation_type": "gkd"}, ["disitllation_type", "'gkd'", "did you mean distillation_type"]),
+    ({"hybird_lambda_rl": 0.5}, ["hybird_lambda_rl", "0.5", "did you mean hybrid_lambda_rl"]),
+    ({"dstillation_beta": 0.5}, ["dstillation_beta", "0.5", "did you mean distillation_beta"]),
     ({"hybrid_rl_loss": "gspo"}, ["hybrid_rl_loss", "'gspo'", "hybrid_rl_loss_mode"]),
 ]
 
@@ -841,6 +844,21 @@ def test_hybrid_needs_the_rl_inputs(name):
 def test_hybrid_refuses_rl_inputs_of_another_shape(name, shape):
     with pytest.raises(ValueError, match=name):
         hybrid(**rl_inputs() | {name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("name", ["old_log_prob", "log_prob", "advantages", "rollout_is_weights"])
+def test_hybrid_refuses_rl_inputs_of_another_device(name):
+    with pytest.raises(ValueError, match=f"{name} is on meta, response_mask on cpu: move"):
+        hybrid(**rl_inputs() | {name: torch.zeros(BATCH, TOKENS, device="meta")})
+
+
+@pytest.mark.parametrize("mode", RL_MODES)
+def test_a_batch_without_response_tokens_has_every_metric_of_a_full_one(mode):
+    """VERL refuses to combine ranks of which one has counted a metric less often."""
+    config = {"hybrid_rl_loss_mode": mode}
+    full, empty = hybrid(config), hybrid(config, mask=torch.zeros(BATCH, TOKENS))
+    assert empty.metrics.keys() == full.metrics.keys()
+    assert [value for value in empty.metrics.values() if value != 0.0] == []
 
 
 @pytest.mark.parametrize("name", ["old_log_prob", "log_prob", "advantages", "rollout_is_weights"])

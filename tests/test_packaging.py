@@ -57,6 +57,10 @@ def succeed(*command, cwd=ROOT):
     return done.stdout
 
 
+def test_benchmark_tables_are_those_of_the_results():
+    succeed(sys.executable, ROOT / "benchmarks" / "render.py", "--check")
+
+
 def project_files():
     """Tracked files and untracked ones that are not ignored, relative to the root."""
     listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard") if shutil.which("git") else None

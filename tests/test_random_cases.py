@@ -18,6 +18,7 @@ Each case draws type, beta, temperature, dtype, shape, scale, mask and aggregati
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,7 +30,7 @@ from verl.utils.kernel.linear_divergence import linear_divergence
 
 CASES, BLOCK = 2400, 100
 TYPES = ("reverse_kl", "forward_kl", "gkd", "skew_reverse_kl")
-MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean")
+MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 VALUE = 2e-6  # of a token's divergence: relative, or absolute below one nat
 GRADIENT = 2e-5  # relative to the largest entry of the whole gradient, or to the bound of a value
 # Of a gradient, which is rounded as the divergence's and once more as the loss's.
@@ -110,6 +111,7 @@ def true_weights(mask: torch.Tensor, mode: str) -> torch.Tensor:
         "token-mean": 1.0 / lengths.sum(),
         "token-sum": torch.ones(()),
         "seq-mean-token-sum": 1.0 / sequences,
+        "seq-mean-token-sum-norm": 1.0 / (sequences * mask.shape[-1]),
         "seq-mean-token-mean": 1.0 / (lengths.clamp(min=1.0) * sequences),
     }
     return mask * weights[mode]
@@ -216,18 +218,34 @@ def test_swapping_both_sides(first):
             assert one == pytest.approx(other, rel=VALUE, abs=VALUE), f"{kind}: {case}"
 
 
-def test_against_trl():
-    """TRL's reference function, where it is installed: a peer's own words for the same divergence."""
+TRL_BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}  # of its generalized divergence, which has no skew KL
+
+
+def check_against_trl(case: Case, generalized_jsd_loss: Callable[..., torch.Tensor]) -> None:
+    student, teacher = (side.float() for side in case.logits())
+    mask, kind = case.mask(), case.settings["distillation_type"]
+    leaves = [student.clone().requires_grad_() for _ in range(2)]
+    theirs = generalized_jsd_loss(
+        leaves[0],
+        teacher,
+        labels=torch.where(mask, 0, -100),
+        beta=TRL_BETAS.get(kind, case.settings["distillation_beta"]),
+        temperature=case.settings["distillation_temperature"],
+        num_items_in_batch=mask.sum(),
+    )
+    ours, *_ = compute_on_policy_distillation_loss(
+        None, None, None, mask, "token-mean", case.settings, student_logits=leaves[1], teacher_logits=teacher
+    )
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4, abs=1e-5), f"{case}, {case.settings}"
+    expected, actual = (torch.autograd.grad(loss, leaf)[0] for loss, leaf in zip((theirs, ours), leaves, strict=True))
+    bound = 1e-4 * expected.abs().max().item() + 1e-6
+    assert_close(case, "gradient", actual, expected.double(), bound)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_against_trl(first):
+    """TRL's reference function, where it is installed: a peer's own words for the same divergences."""
     trl = pytest.importorskip("trl.experimental.gkd.gkd_trainer", reason="TRL is not installed beside VERL")
-    for seed in range(200):
-        case = Case(seed)
-        if case.settings["distillation_type"] != "gkd":
-            continue
-        student, teacher = (side.float() for side in case.logits())
-        beta, temperature = case.settings["distillation_beta"], case.settings["distillation_temperature"]
-        theirs = trl.GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, temperature=temperature)
-        ones = torch.ones(case.shape[:2])
-        ours, *_ = compute_on_policy_distillation_loss(
-            None, None, None, ones, "seq-mean-token-sum", case.settings, student_logits=student, teacher_logits=teacher
-        )
-        assert ours.item() == pytest.approx(theirs.item(), rel=1e-4, abs=1e-5), f"{case}, {case.settings}"
+    for seed in range(first, first + BLOCK):
+        if (case := Case(seed)).settings["distillation_type"] != "skew_reverse_kl":
+            check_against_trl(case, trl.GKDTrainer.generalized_jsd_loss)

@@ -11,18 +11,28 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The report: from metrics and token dumps to one HTML page."""
+"""The report, from metrics and token dumps to one HTML page; and the lines and the end of a training that is shown."""
 
 import json
+import math
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 
+import metrics
+import progress
 import pytest
 import report
 import torch
 from arithmetic import VOCAB_SIZE, build_tokenizer, untrained_model
-from generations import TOP, score_generation, write_generations
+from conftest import ROOT
+from generations import TOP, kl_divergence, score_generation, write_generations
 from progress import clock, seconds_left, step_line
+
+EXAMPLE = ROOT / "examples" / "on_policy_distillation"
 
 METRICS = {
     0: {"val-core/task/acc/mean@1": 0.4},
@@ -51,14 +61,33 @@ def record(**changes):
     return entry | changes
 
 
-def write_metrics(path):
+def write_metrics(path, run=METRICS):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"step": step, "data": data}) + "\n" for step, data in METRICS.items()))
+    path.write_text("".join(json.dumps({"step": step, "data": data}) + "\n" for step, data in run.items()))
+
+
+@pytest.fixture
+def make_report(tmp_path, monkeypatch):
+    """Calls report.py with arguments, and returns its page."""
+
+    def call(*arguments):
+        out = tmp_path / "report.html"
+        monkeypatch.setattr(sys, "argv", ["report.py", "--out", str(out), *map(str, arguments)])
+        report.main()
+        return out.read_text(encoding="utf-8")
+
+    return call
 
 
 def test_columns_have_the_steps_that_have_them():
     assert report.column(METRICS, "distillation/kl") == ([1, 2], [0.5, 0.25])
-    assert report.accuracies(METRICS) == ([0, 2], [0.4, 0.6])
+    assert report.column(METRICS, "val-core/task/acc/mean@1") == ([0, 2], [0.4, 0.6])
+
+
+def test_a_metric_that_was_not_finite_is_a_gap_in_its_line(tmp_path):
+    write_metrics(tmp_path / "run.jsonl", {1: {"kl": 0.5}, 2: {"kl": None}, 3: {"kl": 0.1}})
+    steps, values = report.column(metrics.read_metrics(tmp_path / "run.jsonl"), "kl")
+    assert steps == [1, 2, 3] and math.isnan(values[1]) and values[::2] == [0.5, 0.1]
 
 
 def test_phases_of_a_step_add_up_to_it():
@@ -69,10 +98,41 @@ def test_phases_of_a_step_add_up_to_it():
 def test_a_run_is_a_file_or_a_folder_with_or_without_a_name(tmp_path):
     path = tmp_path / "mine" / "metrics" / "0000.jsonl"
     write_metrics(path)
-    assert report.read_named_run(str(tmp_path / "mine")) == ("mine", METRICS)
-    assert report.read_named_run(f"a b={path}") == ("a b", METRICS)
+    paths = report.named_paths([str(tmp_path / "mine"), f"a b={path}"])
+    assert paths == {"mine": tmp_path / "mine", "a b": path}
+    assert [report.read_file_or_folder(path) for path in paths.values()] == [METRICS, METRICS]
     with pytest.raises(ValueError, match="no metrics"):
-        report.read_named_run(str(tmp_path / "nothing"))
+        report.read_file_or_folder(tmp_path / "nothing")
+
+
+def test_a_path_may_have_an_equals_sign(tmp_path, make_report):
+    """Hydra names folders so."""
+    pytest.importorskip("matplotlib")
+    write_metrics(tmp_path / "lr=1e-5" / "run.jsonl")
+    write_generations(tmp_path / "lr=1e-5" / "dump.jsonl", [record()])
+    folder = tmp_path / "lr=1e-5"
+    page = make_report(
+        *(f"{folder}/run.jsonl", f"mine={folder}/run.jsonl"),
+        *("--generations", f"{folder}/dump.jsonl", f"after={folder}/dump.jsonl"),
+    )
+    assert "Runs: run, mine<" in page and "<h3>dump</h3>" in page and "<h3>after</h3>" in page
+
+
+def test_an_argument_that_is_no_path_in_either_reading_is_refused(tmp_path, make_report):
+    with pytest.raises(SystemExit, match="there is neither lr=1/run.jsonl nor 1/run.jsonl"):
+        make_report("lr=1/run.jsonl")
+
+
+def test_two_runs_or_dumps_of_one_name_are_refused(tmp_path, make_report):
+    for folder in ("a", "b"):
+        write_metrics(tmp_path / folder / "metrics.jsonl")
+        write_generations(tmp_path / folder / "step_3.rank0.jsonl", [record()])
+    runs = [f"{tmp_path}/{folder}/metrics.jsonl" for folder in "ab"]
+    dumps = [f"{tmp_path}/{folder}/step_3.rank0.jsonl" for folder in "ab"]
+    with pytest.raises(SystemExit, match="a/metrics.jsonl and .*b/metrics.jsonl are both named 'metrics'.*NAME=PATH"):
+        make_report(*runs)
+    with pytest.raises(SystemExit, match=r"both named 'step_3\.rank0'"):
+        make_report(runs[0], "--generations", *dumps)
 
 
 @pytest.mark.parametrize("changes, message", [({"kl": [1.0]}, "one entry for each token"), ({"score": 0}, None)])
@@ -93,6 +153,42 @@ def test_a_dump_without_a_field_is_refused(tmp_path):
         report.read_generations(tmp_path / "dump.jsonl")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"tokens": 2}, {"kl": ["2.0", 0.0]}, {"prompt": None}, {"student_top": [[["<"]], [["<", 0.6]]]}, {"score": "1"}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_dump_with_something_else_in_a_field_is_refused(tmp_path, changes):
+    write_generations(tmp_path / "dump.jsonl", [record(), record(**changes)])
+    with pytest.raises(ValueError, match=f"dump.jsonl, line 2: {next(iter(changes))} is "):
+        report.read_generations(tmp_path / "dump.jsonl")
+
+
+def test_a_file_of_another_kind_is_refused_with_its_line(tmp_path, make_report):
+    run, dump, half, other = (tmp_path / f"{name}.jsonl" for name in ("run", "dump", "half", "other"))
+    write_metrics(run)
+    write_generations(dump, [record()])
+    half.write_text(dump.read_text() + dump.read_text()[:40])
+    other.write_bytes(b"PAR1\xff\n[]\n")
+    with pytest.raises(SystemExit, match="dump.jsonl, line 1: a metrics file of VERL has 'step' and 'data'"):
+        make_report(dump)
+    with pytest.raises(SystemExit, match="other.jsonl, line 1: cut off, or the file is no metrics file of VERL"):
+        make_report(other)
+    with pytest.raises(SystemExit, match="run.jsonl, line 1: prompt is missing, so the file is no token dump"):
+        make_report(run, "--generations", run)
+    with pytest.raises(SystemExit, match="half.jsonl, line 2: cut off, or the file is no token dump"):
+        make_report(run, "--generations", half)
+    half.write_text("[]\n")
+    with pytest.raises(SystemExit, match="half.jsonl, line 1: no JSON object"):
+        make_report(run, "--generations", half)
+
+
+def test_a_dump_without_sequences_is_read(tmp_path):
+    """The trainer makes the file before it has something to write."""
+    (tmp_path / "dump.jsonl").write_text("")
+    assert report.read_generations(tmp_path / "dump.jsonl") == []
+
+
 def test_tokens_are_escaped_coloured_by_their_kl_and_explained():
     text = report.generations({"before": [record()]})
     first, second = re.findall(
@@ -109,19 +205,59 @@ def test_a_token_that_is_not_in_the_loss_has_no_colour():
     assert 'title="not in the loss">&lt;</span>' in text and text.count("background:rgba") == 1
 
 
-def test_the_page_is_one_file_with_its_pictures(tmp_path, monkeypatch, capsys):
+def test_what_is_not_finite_is_full_red_and_leaves_the_scale_to_the_others(tmp_path):
+    kls = [2.0, 1.0, math.nan, math.inf]
+    entry = record(tokens=["a", "b", "c", "d"], kl=kls, teacher_top=[[["3", 0.9]]] * 4, student_top=[[["<", 0.6]]] * 4)
+    write_generations(tmp_path / "dump.jsonl", [entry])
+    text = report.generations({"step 3": report.read_generations(tmp_path / "dump.jsonl")})
+    assert re.findall(r"rgba\(220,60,30,([^)]*)\)", text) == ["1.00", "0.50", "1.00", "1.00"]
+    assert 'title="KL nan\n' in text and 'title="KL inf\n' in text
+    assert "full red: 2.000 nats, and 2 that are not finite" in text
+
+
+def test_a_long_sequence_can_be_wrapped():
+    text = report.generations({"a": [record(prompt="so  many words")]})
+    assert text.count("</span><wbr>") == 2
+    assert ">so  many words<" in text  # a line may end at an ordinary space, which the style keeps
+    assert "overflow-wrap: anywhere" in report.STYLE and "min-width: 0" in report.STYLE
+    assert "white-space: break-spaces" in report.STYLE
+
+
+def test_the_page_is_one_file_with_its_pictures(tmp_path, make_report, capsys):
     pytest.importorskip("matplotlib")
     write_metrics(tmp_path / "metrics.jsonl")
     write_generations(tmp_path / "after.jsonl", [record()])
-    arguments = ["--out", str(tmp_path / "report.html"), f"mine={tmp_path}/metrics.jsonl"]
-    arguments += ["--generations", f"after={tmp_path}/after.jsonl"]
-    monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
-    report.main()
-    page = (tmp_path / "report.html").read_text()
-    # No run has the teacher's top-1 agreement; the other four pictures are there.
+    page = make_report(f"mine={tmp_path}/metrics.jsonl", "--generations", f"after={tmp_path}/after.jsonl")
     assert page.count("data:image/svg+xml;base64,") == 4
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "report.html" in capsys.readouterr().out
+
+
+def test_the_page_says_which_pictures_it_lacks_and_why(tmp_path, make_report):
+    pytest.importorskip("matplotlib")
+    write_metrics(tmp_path / "mine.jsonl")
+    page = make_report(tmp_path / "mine.jsonl")
+    assert re.findall("<li>(.*?)</li>", page) == ["Same most likely token: <code>distillation/top1_agreement</code>"]
+    write_metrics(tmp_path / "mine.jsonl", {1: {"distillation/kl": None}})
+    page = make_report(tmp_path / "mine.jsonl")
+    assert "data:image" not in page
+    assert "<li>Held-out accuracy: <code>val-core/&lt;data source&gt;/&lt;metric&gt;/mean@&lt;n&gt;</code></li>" in page
+    assert "<code>distillation/kl</code>" in page
+
+
+def test_every_data_source_of_validation_has_its_picture(tmp_path, make_report):
+    pytest.importorskip("matplotlib")
+    validated = {
+        "val-core/openai/gsm8k/acc/best@4/mean": 0.9,
+        "val-core/openai/gsm8k/acc/mean@4": 0.5,
+        "val-core/math/reward/mean@1": -0.5,
+        "val-aux/math/length/mean@1": 3.0,
+    }
+    write_metrics(tmp_path / "mine.jsonl", {0: validated})
+    page = make_report(tmp_path / "mine.jsonl")
+    assert re.findall('<img alt="([^"]*)"', page) == ["Held-out accuracy: openai/gsm8k", "Held-out reward: math"]
+    assert metrics.accuracy(validated) == 0.5
+    assert step_line(0, 9, validated) == "step   0/9   held-out accuracy openai/gsm8k 50.0%, math -50.0%"
 
 
 def test_without_matplotlib_it_says_so(monkeypatch):
@@ -149,6 +285,13 @@ def test_a_student_that_is_its_teacher_has_no_kl():
     assert torch.is_grad_enabled()
 
 
+def test_what_a_student_never_says_adds_nothing_to_its_kl():
+    log_s, log_t = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5]]).log(), torch.tensor([0.5, 0.5]).log()
+    log_t = torch.stack([log_t, torch.tensor([1.0, 0.0]).log(), torch.tensor([1.0, 0.0]).log()])
+    assert kl_divergence(log_s, log_t).tolist() == pytest.approx([math.log(2), 0.0, math.inf])
+    assert kl_divergence(torch.full((1, 2), math.nan), log_t[:1]).isnan().all()  # not hidden
+
+
 def test_progress_says_step_kl_accuracy_seconds_and_time_left():
     assert seconds_left(METRICS, 1, 11) == pytest.approx(30.0)
     assert seconds_left(METRICS, 2, 12) == pytest.approx(45.0)
@@ -156,3 +299,96 @@ def test_progress_says_step_kl_accuracy_seconds_and_time_left():
     line = step_line(2, 12, METRICS[2], seconds_left(METRICS, 2, 12))
     assert line == "step   2/12   KL 0.2500   5.0 s   held-out accuracy 60.0%   0:45 min left"
     assert clock(61) == "1:01 min"
+
+
+def test_progress_goes_on_where_a_number_is_not_finite(tmp_path):
+    """VERL's logger writes such a number as null."""
+    validated = {"timing_s/step": None, "timing_s/testing": None, "val-core/task/acc/mean@1": None}
+    write_metrics(
+        tmp_path / "run.jsonl",
+        {1: {"distillation/kl": None, "timing_s/step": 2.0}, 2: {"critic/score/mean": None, **validated}},
+    )
+    run = metrics.read_metrics(tmp_path / "run.jsonl")
+    assert step_line(1, 9, run[1], seconds_left(run, 1, 9)) == "step   1/9   KL nan   2.0 s   0:16 min left"
+    line = step_line(2, 9, run[2], seconds_left(run, 2, 9))
+    assert line == "step   2/9   reward nan   nan s   held-out accuracy nan   0:14 min left"
+
+
+def trainer(pid_file, before=""):
+    """A command that writes its process id, and then does as little as a trainer that waits."""
+    return ["sh", "-c", f"{before} echo $$ > {pid_file}.part; mv {pid_file}.part {pid_file}; exec sleep 60"]
+
+
+def read_pid(path):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return int(path.read_text())
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("before", ["", "trap '' TERM;"], ids=["ends", "will not end"])
+def test_a_trainer_does_not_outlive_an_error_of_its_progress(tmp_path, monkeypatch, before):
+    pids = []
+
+    def fail(*_):
+        pids.append(read_pid(tmp_path / "pid"))
+        raise RuntimeError("of any kind")
+
+    monkeypatch.setattr(progress, "follow", fail)
+    monkeypatch.setattr(progress, "SECONDS_TO_END", 0.5)
+    with pytest.raises(RuntimeError, match="of any kind"):
+        progress.train(tmp_path, 1, trainer(tmp_path / "pid", before))
+    assert not is_running(*pids)
+
+
+def end(command, pid_files, number):
+    """Send signal `number` to `command` once the `pid_files` are there. Returns which still run, and the output."""
+    process = subprocess.Popen(command, cwd=EXAMPLE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pids = [read_pid(path) for path in pid_files]
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    running = [pid for pid in pids if is_running(pid)]
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+    assert process.returncode == 128 + number, output
+    return running, output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="in the background SIGINT is ignored")
+def test_a_trainer_does_not_outlive_a_signal_to_its_progress(tmp_path, number):
+    command = [sys.executable, "progress.py", str(tmp_path), "1", "--", *trainer(tmp_path / "pid")]
+    running, output = end(command, [tmp_path / "pid"], number)
+    assert not running
+    assert "Traceback" not in output and "training failed" not in output
+
+
+# Two trainers at a time, as headline.py has them; the third must not start.
+IN_THREADS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from progress import end_with_trainers, train
+
+folder = Path(sys.argv[1])
+end_with_trainers()
+with ThreadPoolExecutor(2) as pool:
+    list(pool.map(lambda name: train(folder / name, 1, [*sys.argv[2:-1], sys.argv[-1].replace("NAME", name)]), "abc"))
+"""
+
+
+def test_trainers_of_other_threads_end_too(tmp_path):
+    command = [sys.executable, "-c", IN_THREADS, str(tmp_path), *trainer(tmp_path / "NAME.pid")]
+    running, output = end(command, [tmp_path / "a.pid", tmp_path / "b.pid"], signal.SIGTERM)
+    assert not running
+    assert not (tmp_path / "c.pid").exists()
+    assert "training failed" not in output

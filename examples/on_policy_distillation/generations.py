@@ -42,6 +42,15 @@ def most_likely(log_probs: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> 
     return [[tokenizer.decode([index]), round(probability, 5)] for index, probability in pairs]
 
 
+def kl_divergence(log_s: torch.Tensor, log_t: torch.Tensor) -> torch.Tensor:
+    """KL(student || teacher) of log-probabilities (tokens, vocab) -> (tokens,).
+
+    A token that the student never says counts 0, also where the teacher never says it: 0 * inf would make a nan of it.
+    """
+    probability = log_s.exp()
+    return (probability * (log_s - log_t)).masked_fill(probability == 0, 0.0).sum(-1)
+
+
 @one_thread()
 @torch.no_grad()
 def score_generation(
@@ -77,7 +86,7 @@ def score_generation(
     return {
         "prompt": prompt,
         "tokens": [tokenizer.decode([token]) for token in response.tolist()],
-        "kl": [round(kl, 5) for kl in (log_s.exp() * (log_s - log_t)).sum(-1).tolist()],
+        "kl": [round(kl, 5) for kl in kl_divergence(log_s, log_t).tolist()],
         "teacher_top": [most_likely(row, tokenizer) for row in log_t],
         "student_top": [most_likely(row, tokenizer) for row in log_s],
         "score": None if scorer is None else scorer(text),

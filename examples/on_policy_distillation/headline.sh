@@ -4,10 +4,10 @@
 #   ./examples/on_policy_distillation/headline.sh [FOLDER] [--seeds N] [--jobs N] [--results FILE]
 #
 # Sets up what it needs (.venv), makes the base model and the data in code, trains every run of headline.py, N jobs at
-# a time (default: 1), and ends with a table. FOLDER (default: runs/headline) receives models, data and runs; FILE (default:
+# a time (default: 2), and ends with a table. FOLDER (default: runs/headline) receives models, data and runs; FILE (default:
 # FOLDER/headline.json) what was measured. Run again, it does only what is not finished. --seeds 1 is the quickest.
 # To renew the committed results: --results examples/on_policy_distillation/results/headline.json, then
-# .venv/bin/python examples/on_policy_distillation/headline_picture.py
+# .venv/bin/python examples/on_policy_distillation/headline_picture.py and scripts/make_patch.py
 # It runs on the CPU, as the models are small.
 set -euo pipefail
 

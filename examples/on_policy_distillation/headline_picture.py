@@ -13,10 +13,10 @@
 # limitations under the License.
 """The headline picture and the headline table of the README, from the committed results.
 
-    python headline_picture.py [--results FILE] [--readme FILE]
+    python headline_picture.py [--results FILE]
 
-Writes headline.svg beside FILE, and the table into README.md between the lines <!-- headline:begin --> and
-<!-- headline:end -->. Needs matplotlib.
+Writes headline.svg beside FILE, the table into README.md and its sentence into ON_POLICY_DISTILLATION.md, between the
+lines <!-- headline:begin --> and <!-- headline:end -->. Needs matplotlib.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from headline_results import best_learning_rate, first_and_last, runs_of, teache
 from report import import_pyplot
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 COLOURS = {
     "grpo": "tab:gray",
@@ -105,17 +106,26 @@ def picture_path(results_path: Path) -> Path:
     return results_path.with_suffix(".svg")
 
 
+def documents(results: dict, picture: Path) -> dict[Path, str]:
+    """What each document has between its markers."""
+    link = picture.resolve().relative_to(ROOT).as_posix()
+    return {
+        ROOT / "README.md": readme_block(results, link),
+        ROOT / "ON_POLICY_DISTILLATION.md": headline_results.sentence(results),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "headline.json")
-    parser.add_argument("--readme", type=Path, default=HERE.parent.parent / "README.md")
     arguments = parser.parse_args()
     results = headline_results.read(arguments.results)
     picture = picture_path(arguments.results)
     draw_headline(results, picture)
-    relative = picture.resolve().relative_to(arguments.readme.resolve().parent).as_posix()
-    arguments.readme.write_text(with_block(arguments.readme.read_text(), readme_block(results, relative)))
-    print(f"picture: {picture}\ntable: {arguments.readme}")
+    print(f"picture: {picture}")
+    for document, block in documents(results, picture).items():
+        document.write_text(with_block(document.read_text(), block))
+        print(f"numbers: {document}")
 
 
 if __name__ == "__main__":

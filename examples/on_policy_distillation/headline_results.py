@@ -209,13 +209,15 @@ def sentence(results: dict) -> str:
 
 
 def conditions(results: dict) -> str:
-    model, machine = results["model"], results["machine"]
+    model, machine, methods = results["model"], results["machine"], results["methods"]
     return (
         f"VERL {results['versions']['verl']}'s trainer on {machine['cores']} cores of {machine['cpu']}, no GPU; "
         f"{model['type']} with {model['layers']} layers of width {model['hidden']}, two-digit addition, "
         f"{results['held_out']} held-out problems, greedy decoding; {results['rollouts_per_step']} rollouts and "
-        f"{results['updates_per_step']} updates a step for every method; {results['jobs']} run"
-        f"{'s' * (results['jobs'] > 1)} at a time."
+        f"{results['updates_per_step']} updates a step for every method; {results['optimizer']}, which is "
+        f"{methods['grpo']['steps']} steps for GRPO and {methods['reverse_kl']['steps']} for all others; "
+        f"{results['jobs']} run{'s' * (results['jobs'] > 1)} at a time. The baselines are what VERL ships, as "
+        f"losses of this trainer; the top k is the top {results['top_k']}, as answers use eleven tokens in all."
     )
 
 

@@ -14,7 +14,16 @@
 """The metrics that VERL's file logger leaves in FOLDER/metrics, one file for each time the trainer was started."""
 
 import json
+import re
+import reprlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+StepMetrics = dict[str, float | None]  # the logger writes NaN and infinity as null
+
+# VERL's main number for each data source it validates on; a data source may have slashes of its own.
+MEAN_SCORE = re.compile(r"val-core/(?P<data_source>.*)/(?P<metric>acc|reward)/(?P<mean>mean@\d+)")
 
 
 def metric_files(folder: Path) -> list[Path]:
@@ -28,21 +37,48 @@ def next_metric_file(folder: Path) -> Path:
     return folder / "metrics" / f"{len(metric_files(folder)):04d}.jsonl"
 
 
-def read_metrics(path: Path) -> dict[int, dict[str, float]]:
+def json_object(line: bytes, path: Path, number: int, kind: str) -> dict[str, Any]:
+    """Line `number` of `path`, which is to be a file of the `kind` that errors name."""
+    try:
+        value = json.loads(line)
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{path}, line {number}: cut off, or the file is no {kind} ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}, line {number}: no JSON object, so the file is no {kind}")
+    return value
+
+
+def step_and_metrics(line: bytes, path: Path, number: int) -> tuple[int, StepMetrics]:
+    record = json_object(line, path, number, "metrics file of VERL")
+    step, data = record.get("step"), record.get("data")
+    if not isinstance(step, int) or not isinstance(data, dict):
+        raise ValueError(
+            f"{path}, line {number}: a metrics file of VERL has 'step' and 'data' on each line, not "
+            f"{reprlib.repr(list(record))}"
+        )
+    return step, data
+
+
+def read_metrics(path: Path) -> dict[int, StepMetrics]:
     """Metrics by step. A last line that is still being written is left for later."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return {record["step"]: record["data"] for record in records}
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return dict(step_and_metrics(line, path, number) for number, line in enumerate(lines, 1))
 
 
-def read_run(folder: Path) -> dict[int, dict[str, float]]:
+def read_run(folder: Path) -> dict[int, StepMetrics]:
     """Metrics by step over every start of the run; a step that was done again counts as it was done last."""
-    steps: dict[int, dict[str, float]] = {}
+    steps: dict[int, StepMetrics] = {}
     for path in metric_files(folder):
         steps.update(read_metrics(path))
     return dict(sorted(steps.items()))
 
 
-def accuracy(metrics: dict[str, float]) -> float | None:
-    """Held-out accuracy, on the steps that validated."""
-    return next((value for name, value in metrics.items() if name.startswith("val-core/")), None)
+def mean_scores(names: Iterable[str]) -> dict[str, re.Match[str]]:
+    """Those of the metrics `names` that are a data source's mean score on held-out problems."""
+    matches = ((name, MEAN_SCORE.fullmatch(name)) for name in names)
+    return {name: match for name, match in matches if match}
+
+
+def accuracy(metrics: StepMetrics) -> float | None:
+    """Held-out accuracy of the first data source, on the steps that validated. The quickstart has one data source."""
+    return next((metrics[name] for name in mean_scores(metrics)), None)

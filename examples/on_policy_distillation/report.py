@@ -17,14 +17,18 @@
 
 RUN is a metrics file of VERL (trainer.logger=file, VERL_FILE_LOGGER_PATH=FILE), or a folder with metrics/*.jsonl as the
 quickstart leaves one. Any run of the two distillation losses will do, and runs without a teacher for comparison; a
-picture shows the runs that have its metrics. The pictures need matplotlib.
+picture shows the runs that have its metrics, and the page says which pictures no run has the metrics for. The pictures
+need matplotlib.
+
+NAME and TITLE are by default the folder's name, or the file's without .jsonl. Each must be given once.
 
 Each FILE has one JSON object a line, one line a sequence, and becomes a paragraph of coloured tokens. This is what
 `generations.py` writes, and what the trainer writes every `teacher.dump_freq` steps:
 
     {"prompt": str,
      "tokens": [str, ...],                       the response, token by token
-     "kl": [float, ...],                         KL(student || teacher) in nats, where each token was chosen
+     "kl": [float, ...],                         KL(student || teacher) in nats, where each token was chosen; NaN
+                                                 and Infinity, which Python writes and reads, are shown as the worst
      "teacher_top": [[[str, float], ...], ...],  for each token, the teacher's most likely ones and their probabilities
      "student_top": [[[str, float], ...], ...],  the same of the student
      "score": float or null}
@@ -36,15 +40,18 @@ import argparse
 import base64
 import html
 import io
-import json
+import math
+import reprlib
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from metrics import accuracy, read_metrics, read_run
+from metrics import StepMetrics, json_object, mean_scores, read_metrics, read_run
 
-Metrics = dict[int, dict[str, float]]  # by step
+Metrics = dict[int, StepMetrics]  # by step
 
 NEEDS_MATPLOTLIB = "report.py draws with matplotlib, which is not installed: pip install matplotlib"
 # From timing_s/ of VERL, in the order of a step. What is left of a step is shown as "other".
@@ -61,7 +68,8 @@ PHASES = (
     "update_weights",
     "save_checkpoint",
 )
-TOKEN_FIELDS = ("prompt", "tokens", "kl", "teacher_top", "student_top", "score")
+# What VERL's main validation metric is called in a title. Without an accuracy it is the reward.
+SCORE_NAMES = {"acc": "accuracy", "reward": "reward"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,25 +77,39 @@ TOKEN_FIELDS = ("prompt", "tokens", "kl", "teacher_top", "student_top", "score")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_named_run(argument: str) -> tuple[str, Metrics]:
-    """`NAME=PATH` or `PATH`; without a name it is the folder's or the file's own."""
-    name, _, file_or_folder = argument.rpartition("=")
-    path = Path(file_or_folder)
+def named_paths(arguments: list[str]) -> dict[str, Path]:
+    """Of arguments `NAME=PATH` or `PATH`; without a name it is the folder's or the file's own."""
+    paths: dict[str, Path] = {}
+    for argument in arguments:
+        name, path = split_name(argument)
+        name = name or (path.name if path.is_dir() else path.stem)
+        if name in paths:
+            raise ValueError(f"{paths[name]} and {path} are both named {name!r}: name them, NAME=PATH")
+        paths[name] = path
+    return paths
+
+
+def split_name(argument: str) -> tuple[str, Path]:
+    """The name, empty if there is none, and the path. Hydra's folders have "=" in their names, so a path may, too."""
+    name, equals, path = argument.partition("=")
+    if not equals or Path(argument).exists():
+        return "", Path(argument)
+    if not Path(path).exists():
+        raise ValueError(f"{argument}: there is neither {argument} nor {path}")
+    return name, Path(path)
+
+
+def read_file_or_folder(path: Path) -> Metrics:
     run = read_run(path) if path.is_dir() else read_metrics(path)
     if not run:
         raise ValueError(f"{path} has no metrics: give a metrics file of VERL, or a folder with metrics/*.jsonl")
-    return name or (path.name if path.is_dir() else path.stem), run
+    return run
 
 
 def column(run: Metrics, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values, of the steps that have one."""
+    """Steps and values, of the steps that have one. A value that was not finite is a nan, so that a line has a gap."""
     pairs = [(step, metrics[key]) for step, metrics in run.items() if key in metrics]
-    return [step for step, _ in pairs], [value for _, value in pairs]
-
-
-def accuracies(run: Metrics) -> tuple[list[int], list[float]]:
-    pairs = [(step, accuracy(metrics)) for step, metrics in run.items() if accuracy(metrics) is not None]
-    return [step for step, _ in pairs], [value for _, value in pairs]
+    return [step for step, _ in pairs], [math.nan if value is None else value for _, value in pairs]
 
 
 def phase_seconds(run: Metrics) -> dict[str, float]:
@@ -100,14 +122,63 @@ def phase_seconds(run: Metrics) -> dict[str, float]:
     return {phase: value for phase, value in seconds.items() if value > 0}
 
 
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def is_number_or_null(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
+def is_top_or_null(value: Any) -> bool:
+    return value is None or is_list(value, is_token_and_probability)
+
+
+def is_token_and_probability(value: Any) -> bool:
+    return is_list(value) and len(value) == 2 and is_text(value[0]) and is_number(value[1])
+
+
+def is_list(value: Any, is_entry: Callable[[Any], bool] = lambda _: True) -> bool:
+    return isinstance(value, list) and all(map(is_entry, value))
+
+
+# The format above: for each field, what its value must be.
+DUMP_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "prompt": is_text,
+    "tokens": partial(is_list, is_entry=is_text),
+    "kl": partial(is_list, is_entry=is_number_or_null),
+    "teacher_top": partial(is_list, is_entry=is_top_or_null),
+    "student_top": partial(is_list, is_entry=is_top_or_null),
+    "score": is_number_or_null,
+}
+
+
+def check_record(record: dict[str, Any], where: str) -> None:
+    for field, is_right in DUMP_FIELDS.items():
+        if field not in record:
+            raise ValueError(f"{where}: {field} is missing, so the file is no token dump")
+        if not is_right(record[field]):
+            raise ValueError(
+                f"{where}: {field} is {reprlib.repr(record[field])}, which is not what a token dump has there; "
+                "report.py --help shows the format"
+            )
+    lengths = {field: len(record[field]) for field in ("tokens", "kl", "teacher_top", "student_top")}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{where}: one entry for each token is wanted, not {lengths}")
+
+
 def read_generations(path: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    for number, record in enumerate(records, 1):
-        if missing := [field for field in TOKEN_FIELDS if field not in record]:
-            raise ValueError(f"{path}, line {number}: {missing[0]} is missing")
-        lengths = {field: len(record[field]) for field in ("tokens", "kl", "teacher_top", "student_top")}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"{path}, line {number}: one entry for each token is wanted, not {lengths}")
+    lines = path.read_bytes().split(b"\n")
+    if not lines[-1]:  # what follows the end of the last line
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, 1):
+        records.append(json_object(line, path, number, "token dump"))
+        check_record(records[-1], f"{path}, line {number}")
     return records
 
 
@@ -129,20 +200,29 @@ def import_pyplot():
     return pyplot
 
 
-def picture(draw, title: str, *arguments: Any) -> str:
-    """An <img> of what `draw(axes, *arguments)` draws; nothing if it returns False, for want of metrics."""
+class Picture(NamedTuple):
+    title: str
+    metrics: tuple[str, ...]  # what it shows: one of them is enough to draw it
+    draw: Callable[..., None]  # onto (axes, runs)
+
+
+def has_numbers(runs: dict[str, Metrics], metrics: tuple[str, ...]) -> bool:
+    return any(math.isfinite(value) for run in runs.values() for key in metrics for value in column(run, key)[1])
+
+
+def image(picture: Picture, runs: dict[str, Metrics]) -> str:
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    drawn = draw(axes, *arguments)
-    axes.set_title(title)
+    picture.draw(axes, runs)
+    axes.set_title(picture.title)
     content = io.BytesIO()
     figure.savefig(content, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     encoded = base64.b64encode(content.getvalue()).decode()
-    return f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{encoded}">' if drawn else ""
+    return f'<img alt="{html.escape(picture.title)}" src="data:image/svg+xml;base64,{encoded}">'
 
 
-def draw_lines(axes, curves: list[tuple[str, tuple[list[int], list[float]], str]], label: str) -> bool:
+def draw_lines(axes, curves: list[tuple[str, tuple[list[int], list[float]], str]], label: str) -> None:
     """`curves`: name, (steps, values), line style. A run has the same colour in every picture, whatever it lacks."""
     names = list(dict.fromkeys(name for name, _, _ in curves))
     drawn: set[str] = set()
@@ -154,33 +234,27 @@ def draw_lines(axes, curves: list[tuple[str, tuple[list[int], list[float]], str]
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    if drawn:
-        axes.legend()
-    return bool(drawn)
+    axes.legend()
 
 
-def draw_metric(axes, runs: dict[str, Metrics], key: str, label: str) -> bool:
-    return draw_lines(axes, [(name, column(run, key), ".-") for name, run in runs.items()], label)
+def draw_metric(axes, runs: dict[str, Metrics], key: str, label: str) -> None:
+    draw_lines(axes, [(name, column(run, key), ".-") for name, run in runs.items()], label)
 
 
-def draw_kl(axes, runs: dict[str, Metrics]) -> bool:
+def draw_kl(axes, runs: dict[str, Metrics]) -> None:
     axes.set_yscale("log")
-    return draw_metric(axes, runs, "distillation/kl", "KL(student || teacher), nats a token")
+    draw_metric(axes, runs, "distillation/kl", "KL(student || teacher), nats a token")
 
 
-def draw_accuracy(axes, runs: dict[str, Metrics]) -> bool:
-    return draw_lines(axes, [(name, accuracies(run), ".-") for name, run in runs.items()], "held-out accuracy")
-
-
-def draw_entropy(axes, runs: dict[str, Metrics]) -> bool:
+def draw_entropy(axes, runs: dict[str, Metrics]) -> None:
     curves = []
     for name, run in runs.items():
         curves.append((name, column(run, "distillation/student_entropy"), "-"))
         curves.append((name, column(run, "distillation/teacher_entropy"), "--"))
-    return draw_lines(axes, curves, "nats a token")
+    draw_lines(axes, curves, "nats a token")
 
 
-def draw_phases(axes, runs: dict[str, Metrics]) -> bool:
+def draw_phases(axes, runs: dict[str, Metrics]) -> None:
     seconds = {name: phase_seconds(run) for name, run in runs.items()}
     seconds = {name: phases for name, phases in seconds.items() if phases}
     left = dict.fromkeys(seconds, 0.0)
@@ -190,23 +264,49 @@ def draw_phases(axes, runs: dict[str, Metrics]) -> bool:
             axes.barh(list(seconds), widths, left=list(left.values()), label=phase)
             left = {name: left[name] + width for name, width in zip(seconds, widths, strict=True)}
     axes.set_xlabel("seconds a step, mean")
-    if seconds:
-        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return bool(seconds)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def metric_picture(title: str, key: str, label: str) -> Picture:
+    return Picture(title, (key,), partial(draw_metric, key=key, label=label))
+
+
+def held_out_pictures(runs: dict[str, Metrics]) -> list[Picture]:
+    """One for each data source that a run was validated on."""
+    names = (name for run in runs.values() for metrics in run.values() for name in metrics)
+    found = []
+    for key, match in mean_scores(names).items():
+        data_source, metric, mean = match.groups()
+        found.append(metric_picture(f"Held-out {SCORE_NAMES[metric]}: {data_source}", key, f"{metric}, {mean}"))
+    return found or [metric_picture("Held-out accuracy", "val-core/<data source>/<metric>/mean@<n>", "")]
+
+
+def all_pictures(runs: dict[str, Metrics]) -> list[Picture]:
+    """Whether or not there are metrics for them."""
+    entropies = ("distillation/student_entropy", "distillation/teacher_entropy")
+    return [
+        *held_out_pictures(runs),
+        Picture("KL on the student's own tokens", ("distillation/kl",), draw_kl),
+        Picture("Entropy: student (line), teacher (dashes)", entropies, draw_entropy),
+        metric_picture("Same most likely token", "distillation/top1_agreement", "share of response tokens"),
+        Picture("Time for each phase of a step", ("timing_s/step",), draw_phases),
+    ]
+
+
+def not_drawn(missing: list[Picture]) -> str:
+    if not missing:
+        return ""
+    items = "".join(
+        f"<li>{html.escape(picture.title)}: <code>{html.escape(' or '.join(picture.metrics))}</code></li>"
+        for picture in missing
+    )
+    return f'<div class="missing">Not drawn, as no run has numbers of the metric:<ul>{items}</ul></div>'
 
 
 def pictures(runs: dict[str, Metrics]) -> str:
-    return "\n".join(
-        [
-            picture(draw_accuracy, "Held-out accuracy", runs),
-            picture(draw_kl, "KL on the student's own tokens", runs),
-            picture(draw_entropy, "Entropy: student (line), teacher (dashes)", runs),
-            picture(
-                draw_metric, "Same most likely token", runs, "distillation/top1_agreement", "share of response tokens"
-            ),
-            picture(draw_phases, "Time for each phase of a step", runs),
-        ]
-    )
+    images = [image(picture, runs) for picture in all_pictures(runs) if has_numbers(runs, picture.metrics)]
+    missing = [picture for picture in all_pictures(runs) if not has_numbers(runs, picture.metrics)]
+    return "\n".join([*images, not_drawn(missing)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,12 +315,19 @@ def pictures(runs: dict[str, Metrics]) -> str:
 
 
 def shown(token: str) -> str:
-    """A token as visible HTML."""
-    return html.escape(token.replace("\n", "↵").replace("\t", "⇥").replace(" ", "\u00a0")) or "∅"
+    """A token as visible HTML; its spaces are kept by the style."""
+    return html.escape(token.replace("\n", "↵").replace("\t", "⇥")) or "∅"
 
 
 def alternatives(side: str, top: list[list]) -> str:
     return f"{side}: " + ", ".join(f"{token!r} {probability:.1%}" for token, probability in top)
+
+
+def redness(kl: float, worst: float) -> float:
+    """0 to 1. What is not finite is as bad as can be."""
+    if not math.isfinite(kl):
+        return 1.0
+    return min(1.0, max(0.0, kl / worst)) if worst > 0 else 0.0
 
 
 def token_span(
@@ -229,16 +336,15 @@ def token_span(
     if kl is None or teacher_top is None or student_top is None:
         return f'<span class="token" title="not in the loss">{shown(token)}</span>'
     title = "\n".join([f"KL {kl:.4f}", alternatives("teacher", teacher_top), alternatives("student", student_top)])
-    strength = min(1.0, max(0.0, kl / worst)) if worst > 0 else 0.0
     return (
-        f'<span class="token" style="background:rgba(220,60,30,{strength:.2f})" title="{html.escape(title)}">'
+        f'<span class="token" style="background:rgba(220,60,30,{redness(kl, worst):.2f})" title="{html.escape(title)}">'
         f"{shown(token)}</span>"
     )
 
 
 def sequence(record: dict[str, Any], worst: float) -> str:
     entries = zip(record["tokens"], record["kl"], record["teacher_top"], record["student_top"], strict=True)
-    tokens = "".join(token_span(*entry, worst) for entry in entries)
+    tokens = "".join(token_span(*entry, worst) + "<wbr>" for entry in entries)  # a line may end after any token
     score = "" if record["score"] is None else f' <span class="score">score {record["score"]:g}</span>'
     return f'<p><span class="prompt">{shown(record["prompt"])}</span>{tokens}{score}</p>'
 
@@ -248,14 +354,16 @@ def generations(named: dict[str, list[dict[str, Any]]]) -> str:
     if not named:
         return ""
     every_kl = [kl for records in named.values() for record in records for kl in record["kl"] if kl is not None]
-    worst = max(every_kl, default=0.0)
+    finite = [kl for kl in every_kl if math.isfinite(kl)]
+    worst = max(finite, default=0.0)
+    also = "" if len(finite) == len(every_kl) else f", and {len(every_kl) - len(finite)} that are not finite"
     sections = "".join(
         f"<section><h3>{html.escape(title)}</h3>{''.join(sequence(record, worst) for record in records)}</section>"
         for title, records in named.items()
     )
     return (
         "<h2>Generations</h2><p>The redder a token, the larger the KL between student and teacher where it was chosen "
-        f"(full red: {worst:.3f} nats). Point at a token to see what both would have said.</p>"
+        f"(full red: {worst:.3f} nats{also}). Point at a token to see what both would have said.</p>"
         f'<div class="columns">{sections}</div>'
     )
 
@@ -267,8 +375,10 @@ def generations(named: dict[str, list[dict[str, Any]]]) -> str:
 STYLE = """
 body { font-family: sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em; }
 img { width: 32em; max-width: 100%; }
-.columns { display: flex; flex-wrap: wrap; gap: 3em; }
-.prompt { color: #666; }
+.columns { display: flex; flex-wrap: wrap; gap: 1em 3em; }
+.columns section { flex: 1 1 24em; min-width: 0; overflow-wrap: anywhere; line-height: 1.5; }
+.prompt, .token { white-space: break-spaces; }
+.prompt, .missing { color: #666; }
 .token { font-family: monospace; font-size: 1.2em; padding: 0.1em 0.15em; border-bottom: 1px solid #bbb; }
 .score { color: #666; font-size: 0.8em; }
 """
@@ -290,9 +400,8 @@ def main() -> None:
     parser.add_argument("--generations", nargs="*", default=[], metavar="TITLE=FILE")
     arguments = parser.parse_args()
     try:
-        runs = dict(read_named_run(argument) for argument in arguments.runs)
-        named = (argument.rpartition("=") for argument in arguments.generations)
-        tokens = {title or Path(path).stem: read_generations(Path(path)) for title, _, path in named}
+        runs = {name: read_file_or_folder(path) for name, path in named_paths(arguments.runs).items()}
+        tokens = {title: read_generations(path) for title, path in named_paths(arguments.generations).items()}
     except (OSError, ValueError) as error:
         sys.exit(f"report.py: {error}")
     arguments.out.write_text(page(runs, tokens), encoding="utf-8")

@@ -15,6 +15,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -96,17 +97,35 @@ def find_output_projection(checkpoint: str, tied: bool) -> StoredProjection:
         ValueError: when no tensor of the checkpoint is recognisably the output projection.
     """
     files = _tensor_files(checkpoint)
-    # A tied checkpoint may still hold a stale lm_head.weight; Hugging Face ignores it, and so does this.
     suffixes = _EMBEDDINGS if tied else _HEADS
-    weight = next((name for suffix in suffixes for name in files if _ends_with(name, suffix)), None)
+    weight = _first(files, suffixes)
     if weight is None:
         raise ValueError(
             f"teacher.model.path={checkpoint} has no output projection under a known name "
             f"({', '.join(suffixes)}): set teacher.payload=logits, which lets the teacher run its own head."
         )
+    head = _first(files, _HEADS)
+    if tied and head is not None:
+        _require_equal(checkpoint, StoredTensor(files[weight], weight), StoredTensor(files[head], head))
     bias = weight.removesuffix("weight") + "bias"
     has_bias = not tied and bias in files
     return StoredProjection(StoredTensor(files[weight], weight), StoredTensor(files[bias], bias) if has_bias else None)
+
+
+def _first(names: Iterable[str], suffixes: tuple[str, ...]) -> str | None:
+    """The first of `names` that ends with the first of `suffixes` that any ends with."""
+    return next((name for suffix in suffixes for name in names if _ends_with(name, suffix)), None)
+
+
+def _require_equal(checkpoint: str, embedding: StoredTensor, head: StoredTensor) -> None:
+    """Versions of transformers differ in which of two different tensors a tied model gets."""
+    rows, others = embedding.read(), head.read()
+    if rows.shape == others.shape and not torch.equal(rows, others):  # of another shape it is no head
+        raise ValueError(
+            f"teacher.model.path={checkpoint} has tie_word_embeddings=True and a {head.name} that is not its "
+            f"{embedding.name}: set tie_word_embeddings to what the model is in its config.json, or set "
+            "teacher.payload=logits, which lets the teacher run its own head."
+        )
 
 
 def _ends_with(name: str, suffix: str) -> bool:

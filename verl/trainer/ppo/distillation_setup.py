@@ -18,6 +18,7 @@ Every error names the key, its value and the fix.
 
 import difflib
 import os
+from dataclasses import fields
 from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,12 +28,20 @@ from verl.trainer.ppo.on_policy_distillation import HYBRID, PURE, DistillationLo
 from verl.utils.fs import copy_to_local
 from verl.utils.output_projection import find_output_projection
 from verl.utils.torch_dtypes import PrecisionType
-from verl.workers.config.teacher import TEACHER_PAYLOADS
+from verl.workers.config.teacher import TEACHER_PAYLOADS, TeacherConfig
 
 __all__ = ["is_pure_distillation", "teacher_is_enabled", "validate_distillation"]
 
 # Settings of Hugging Face configurations under which logits are more than hidden states times a matrix.
-_HEAD_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "mup_width_scale")
+_HEAD_TRANSFORMS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "mup_width_scale",
+)
 
 
 def _loss_mode(config: DictConfig) -> str:
@@ -102,18 +111,27 @@ def _check_trainer(config: DictConfig) -> None:
 
 
 def _check_student(config: DictConfig) -> None:
-    actor, model = "actor_rollout_ref.actor", "actor_rollout_ref.model"
-    strategy = config.actor_rollout_ref.actor.strategy
+    actor = "actor_rollout_ref.actor"
+    _check_engine(config, f"{actor}.strategy", f"{actor}.fsdp_config", "actor_rollout_ref.model")
+    _require_no_sequence_parallelism(config, f"{actor}.ulysses_sequence_parallel_size")
+
+
+def _check_engine(config: DictConfig, strategy_key: str, engine: str, model: str) -> None:
+    """What neither the student's engine nor the teacher's can do."""
+    strategy = OmegaConf.select(config, strategy_key)
     if strategy not in ("fsdp", "fsdp2"):
         raise ValueError(
-            f"{actor}.strategy={strategy} is not supported with {_loss_mode(config)}: set it to fsdp2 or fsdp."
+            f"{strategy_key}={strategy} is not supported with {_loss_mode(config)}: set it to fsdp2 or fsdp."
         )
     _refuse(config, f"{model}.use_fused_kernels", True, "fused kernels give no logits; set it to False.")
-    _refuse(config, f"{actor}.fsdp_config.pad_to_length", True, "padding rows have no teacher; set it to False.")
-    for key in (f"{actor}.ulysses_sequence_parallel_size", f"{actor}.fsdp_config.ulysses_sequence_parallel_size"):
-        size = OmegaConf.select(config, key)
-        if size is not None and size > 1:
-            raise ValueError(f"{key}={size} is not supported with {_loss_mode(config)}: set it to 1.")
+    _refuse(config, f"{engine}.pad_to_length", True, "padding rows have no teacher; set it to False.")
+    _require_no_sequence_parallelism(config, f"{engine}.ulysses_sequence_parallel_size")
+
+
+def _require_no_sequence_parallelism(config: DictConfig, key: str) -> None:
+    size = OmegaConf.select(config, key)
+    if size is not None and size > 1:
+        raise ValueError(f"{key}={size} is not supported with {_loss_mode(config)}: set it to 1.")
 
 
 def _check_loss(config: DictConfig) -> None:
@@ -147,7 +165,11 @@ def _check_teacher(config: DictConfig, path: Optional[str]) -> None:
         )
     if not isinstance(path, str):
         raise ValueError(f"teacher.model.path={path!r} is no path: set it to the folder or the name of a checkpoint.")
+    _check_teacher_keys(config.teacher)
     _check_teacher_numbers(config.teacher)
+    _check_engine(config, "teacher.fsdp_config.strategy", "teacher.fsdp_config", "teacher.model")
+    _refuse(config, "teacher.fsdp_config.forward_only", False, "the teacher is never trained; set it to True.")
+    _check_teacher_batches(config)
     payload = config.teacher.payload
     if payload not in TEACHER_PAYLOADS:
         raise ValueError(f"teacher.payload={payload} is not a payload: choose one of {list(TEACHER_PAYLOADS)}.")
@@ -168,6 +190,27 @@ def _check_teacher(config: DictConfig, path: Optional[str]) -> None:
         raise ValueError(
             f"teacher.dump_freq={config.teacher.dump_freq} is written by a fused head: set "
             "actor_rollout_ref.actor.policy_loss.distillation_head=fused, or teacher.dump_freq=-1."
+        )
+
+
+def _check_teacher_keys(teacher: DictConfig) -> None:
+    names = [field.name for field in fields(TeacherConfig)]
+    for key in teacher:
+        if key not in [*names, "_target_"]:
+            nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+            raise ValueError(f"teacher.{key}={teacher[key]} is not a key of the teacher: did you mean {nearest}?")
+
+
+def _check_teacher_batches(config: DictConfig) -> None:
+    """VERL cuts a rank's sequences into micro-batches of one size, and stops where they do not come out even."""
+    rollouts = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
+    sequences, rest = divmod(rollouts, config.trainer.nnodes * config.trainer.n_gpus_per_node)
+    size = config.teacher.micro_batch_size_per_gpu
+    if not config.teacher.use_dynamic_bsz and not rest and sequences % size:
+        raise ValueError(
+            f"teacher.micro_batch_size_per_gpu={size} does not divide the {sequences} sequences that each device gets "
+            "of a batch (data.train_batch_size * actor_rollout_ref.rollout.n / devices): set it to a divisor, or set "
+            "teacher.use_dynamic_bsz=True."
         )
 
 

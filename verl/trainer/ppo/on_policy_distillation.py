@@ -135,14 +135,13 @@ class DistillationLossConfig:
     def from_config(cls, config: Any) -> "DistillationLossConfig":
         """Read None (all defaults), a flat mapping, a DictConfig, or an actor config with ``policy_loss`` inside.
 
-        Keys of other owners are left alone; a key that looks like ours and is not one is refused.
+        Keys of other owners are left alone; a key that is not theirs and looks like ours is refused.
         """
         section = _policy_loss_section(config)
         names = [field.name for field in fields(cls)]
         given = list(section)  # a VERL config raises AttributeError, not KeyError, on `in`
         for key in given:
-            if str(key).startswith(("distil", "hybrid_")) and key not in names:
-                nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+            if nearest := _misspelt(str(key), names):
                 raise ValueError(f"{key}={section[key]!r} is not a key of these losses: did you mean {nearest}?")
         if section is not config and (stray := [name for name in names if name in list(config or ())]):
             raise ValueError(f"{stray[0]}={config[stray[0]]!r} stands beside policy_loss: move it into policy_loss.")
@@ -151,6 +150,18 @@ class DistillationLossConfig:
     @property
     def divergence(self) -> DivergenceSpec:
         return DivergenceSpec(self.distillation_type, self.distillation_beta, self.distillation_temperature)
+
+
+def _misspelt(key: str, names: list[str]) -> Optional[str]:
+    """The one of our `names` that `key` stands for, if it is none of them and none of VERL's."""
+    if key in names or key in _field_names(PolicyLossConfig) or key in _field_names(ActorConfig):
+        return None
+    cutoff = 0.0 if key.startswith(("distil", "hybrid_")) else 0.8
+    return next(iter(difflib.get_close_matches(key, names, n=1, cutoff=cutoff)), None)
+
+
+def _field_names(config_class: type) -> set[str]:
+    return {field.name for field in fields(config_class)}
 
 
 def _require_finite_number(name: str, value: Any) -> None:
@@ -187,8 +198,7 @@ def _actor_config(config: Any) -> ActorConfig:
 
 
 def _known_keys(config_class: type, config: Mapping) -> dict[str, Any]:
-    names = {field.name for field in fields(config_class)}
-    return {key: config[key] for key in config if key in names}
+    return {key: config[key] for key in config if key in _field_names(config_class)}
 
 
 def _global_batch_info(config: Any) -> dict[str, Any]:
@@ -336,6 +346,8 @@ def _require_rl_input(name: str, value: Any, response_mask: torch.Tensor) -> Non
             f"{name} has shape {tuple(value.shape)}, response_mask {tuple(response_mask.shape)}: "
             "pass one value per response token, (batch, tokens)."
         )
+    if value.device != response_mask.device:
+        raise ValueError(f"{name} is on {value.device}, response_mask on {response_mask.device}: move one of them.")
 
 
 def _require_distributions(tokens: TokenDivergence) -> None:
@@ -515,10 +527,6 @@ def compute_hybrid_rl_distillation_loss(
     if settings.hybrid_lambda_distill != 0.0:
         _require_distributions(tokens)
     distill_loss = _distillation_loss(student_logits, tokens, mask, loss_agg_mode, config)
-    if not mask.any():  # VERL's losses are means over response tokens: NaN when there are none
-        return DistillationLossOutput(
-            distill_loss, *(distill_loss.new_zeros(()),) * 3, metrics=_distillation_metrics(tokens, distill_loss)
-        )
     rl_loss, rl_metrics = get_policy_loss_fn(settings.hybrid_rl_loss_mode)(
         old_log_prob=old_log_prob,
         log_prob=log_prob,
@@ -528,6 +536,10 @@ def compute_hybrid_rl_distillation_loss(
         config=_actor_config(config),
         rollout_is_weights=rollout_is_weights,
     )
+    if not mask.any():
+        # VERL's losses are means over response tokens: NaN when there are none. Their metrics stay, as numbers, because
+        # VERL combines ranks only if each has counted the same ones in every micro-batch.
+        rl_loss, rl_metrics = distill_loss, {name: 0.0 for name in rl_metrics}
     weighted = ((settings.hybrid_lambda_rl, rl_loss), (settings.hybrid_lambda_distill, distill_loss))
     loss = sum(weight * term for weight, term in weighted if weight != 0.0)
     metrics = _distillation_metrics(tokens, distill_loss) | rl_metrics

@@ -51,8 +51,13 @@ from verl.workers.utils.response_rows import padded_rows, response_rows
 __all__ = ["DistillationActorLoss", "build_distillation_loss"]
 
 
-def build_distillation_loss(config: ActorConfig, teacher_config: TeacherConfig) -> "DistillationActorLoss":
+def build_distillation_loss(config: ActorConfig, teacher_config: Optional[TeacherConfig]) -> "DistillationActorLoss":
     """The actor's loss function. Reads the teacher's output projection from its checkpoint, once per rank."""
+    if teacher_config is None:
+        raise ValueError(
+            f"actor_rollout_ref.actor.policy_loss.loss_mode={config.policy_loss.loss_mode}: this trainer gives its "
+            "workers no teacher; train with verl.trainer.main_ppo and trainer.use_v1=True."
+        )
     projection = None
     if teacher_config.payload == "hidden_states":
         model = teacher_config.model
