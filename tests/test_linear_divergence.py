@@ -1125,6 +1125,11 @@ BAD = [
     ({"teacher_hidden": torch.zeros(7, 8)}, r"teacher_hidden \(7, 8\) torch.float32, teacher_weight \(37, 9\) "),
     ({"teacher_weight": torch.zeros(9, 37)}, r"teacher_hidden \(7, 9\) torch.float32, teacher_weight \(9, 37\) "),
     ({"teacher_weight": torch.zeros(37, 9).bool()}, r"teacher_weight \(37, 9\) torch.bool, .*pass floating-point"),
+    (
+        {"teacher_weight": torch.zeros(37, 9, device="meta")},
+        r"student_hidden on cpu, .*, teacher_weight on meta: move all to one device",
+    ),
+    ({"student_hidden": torch.zeros(7, 6, device="meta")}, r"student_hidden on meta, .*: move all to one device"),
     ({"teacher_bias": torch.zeros(9)}, r"teacher_bias \(9,\): pass floating-point"),
 ]
 

@@ -448,6 +448,11 @@ def _shared_heads(
         raise ValueError(
             f"student_hidden has {len(student.hidden)} tokens, teacher_hidden {len(teacher.hidden)}: pass the same."
         )
+    heads = (("student", student), ("teacher", teacher))
+    devices = {f"{name}_{part}": getattr(head, part).device for name, head in heads for part in ("hidden", "weight")}
+    if len(set(devices.values())) > 1:
+        placed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{placed}: move all to one device.")
     detached = (
         None if tensor is None else tensor.detach() for tensor in (teacher.hidden, teacher.weight, teacher.bias)
     )
