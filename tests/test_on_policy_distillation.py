@@ -855,7 +855,7 @@ def test_hybrid_refuses_rl_inputs_of_another_device(name):
 @pytest.mark.parametrize("mode", RL_MODES)
 def test_a_batch_without_response_tokens_has_every_metric_of_a_full_one(mode):
     """VERL refuses to combine ranks of which one has counted a metric less often."""
-    config = {"hybrid_rl_loss_mode": mode}
+    config = weights_config(0.5, 0.5, mode)
     full, empty = hybrid(config), hybrid(config, mask=torch.zeros(BATCH, TOKENS))
     assert empty.metrics.keys() == full.metrics.keys()
     assert [value for value in empty.metrics.values() if value != 0.0] == []

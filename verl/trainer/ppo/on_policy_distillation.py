@@ -527,18 +527,19 @@ def compute_hybrid_rl_distillation_loss(
     if settings.hybrid_lambda_distill != 0.0:
         _require_distributions(tokens)
     distill_loss = _distillation_loss(student_logits, tokens, mask, loss_agg_mode, config)
+    is_empty = not mask.any()
     rl_loss, rl_metrics = get_policy_loss_fn(settings.hybrid_rl_loss_mode)(
         old_log_prob=old_log_prob,
         log_prob=log_prob,
         advantages=advantages,
-        response_mask=response_mask,
+        response_mask=torch.ones_like(response_mask) if is_empty else response_mask,
         loss_agg_mode=loss_agg_mode,
         config=_actor_config(config),
         rollout_is_weights=rollout_is_weights,
     )
-    if not mask.any():
-        # VERL's losses are means over response tokens: NaN when there are none. Their metrics stay, as numbers, because
-        # VERL combines ranks only if each has counted the same ones in every micro-batch.
+    if is_empty:
+        # Of no tokens VERL's losses are NaN or an error. Their metrics' names are wanted all the same: VERL combines
+        # ranks only if each has counted the same metrics in every micro-batch.
         rl_loss, rl_metrics = distill_loss, {name: 0.0 for name in rl_metrics}
     weighted = ((settings.hybrid_lambda_rl, rl_loss), (settings.hybrid_lambda_distill, distill_loss))
     loss = sum(weight * term for weight, term in weighted if weight != 0.0)
