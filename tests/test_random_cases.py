@@ -238,7 +238,7 @@ def check_against_trl(case: Case, generalized_jsd_loss: Callable[..., torch.Tens
     )
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-4, abs=1e-5), f"{case}, {case.settings}"
     expected, actual = (torch.autograd.grad(loss, leaf)[0] for loss, leaf in zip((theirs, ours), leaves, strict=True))
-    bound = 1e-4 * expected.abs().max().item() + 1e-6
+    bound = 1e-4 * expected.abs().max().item() + 1e-5  # TRL computes in float32 throughout
     assert_close(case, "gradient", actual, expected.double(), bound)
 
 
