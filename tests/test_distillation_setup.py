@@ -15,6 +15,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from verl.trainer.ppo.distillation_setup import validate_distillation
+from verl.trainer.ppo.distillation_setup import refuse_misspelt_overrides, validate_distillation
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.output_projection import find_output_projection
@@ -186,6 +187,37 @@ def test_an_unknown_key_is_refused(models):
         validate_distillation(make_config(PURE, *models, f"+{ACTOR}.policy_loss.distilation_beta=0.5"))
 
 
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        (f"{ACTOR}.policy_loss.distilation_beta=0.5", f"{ACTOR}.policy_loss.distillation_beta"),
+        (f"++{ACTOR}.policy_loss.hybird_lambda_rl=0.5", f"{ACTOR}.policy_loss.hybrid_lambda_rl"),
+        ("teacher.paylod=logits", "teacher.payload"),
+        ("+teacher.dumpfreq=1", "teacher.dump_freq"),
+    ],
+)
+def test_a_slip_on_the_command_line_names_the_nearest_key(override, meant):
+    with pytest.raises(ValueError, match=re.escape(override) + f".*did you mean {meant}\\?"):
+        refuse_misspelt_overrides([*BASICS, override])
+
+
+def test_overrides_without_slips_are_let_through(models):
+    refuse_misspelt_overrides(
+        [
+            *BASICS,
+            *models,
+            PURE,
+            f"{ACTOR}.policy_loss.distillation_beta=0.5",
+            f"{ACTOR}.policy_loss.clip_cov_ratio=0.1",
+            f"+{ACTOR}.policy_loss.mine=1",
+            "teacher.payload=logits",
+            "teacher.fsdp_config.model_dtype=float32",
+            "--cfg",
+            "job",
+        ]
+    )
+
+
 @pytest.mark.parametrize("missing", ["{folder}/missing", "{folder}/file"])
 def test_a_teacher_that_is_not_there(missing, models, tmp_path):
     (tmp_path / "file").write_text("")
@@ -320,11 +352,15 @@ def start_trainer(*overrides, timeout=60):
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("/does/not/exist", "teacher.model.path=/does/not/exist does not exist"), ("other", "has another tokenizer")],
+    [
+        ("/does/not/exist", "teacher.model.path=/does/not/exist does not exist"),
+        ("other", "has another tokenizer"),
+        ("/ teacher.paylod=logits", "there is no paylod in teacher, did you mean teacher.payload?"),
+    ],
 )
 def test_the_trainer_refuses_within_seconds(path, message, models, tmp_path):
     path = other_tokenizer(tmp_path / "other") if path == "other" else path
-    output, seconds = start_trainer(PURE, *models, f"teacher.model.path={path}")
+    output, seconds = start_trainer(PURE, *models, *f"teacher.model.path={path}".split())
     assert message in output
     assert "ray init" not in output
     assert seconds < 15  # about 6 on an idle machine, nearly all of it imports

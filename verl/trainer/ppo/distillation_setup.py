@@ -24,13 +24,19 @@ from typing import Any, Optional
 from omegaconf import DictConfig, OmegaConf
 
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
-from verl.trainer.ppo.on_policy_distillation import HYBRID, PURE, DistillationLossConfig, is_distillation_loss
+from verl.trainer.ppo.on_policy_distillation import (
+    HYBRID,
+    PURE,
+    DistillationLossConfig,
+    is_distillation_loss,
+    misspelt_key,
+)
 from verl.utils.fs import copy_to_local
 from verl.utils.output_projection import find_output_projection
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config.teacher import TEACHER_PAYLOADS, TeacherConfig
 
-__all__ = ["is_pure_distillation", "teacher_is_enabled", "validate_distillation"]
+__all__ = ["is_pure_distillation", "refuse_misspelt_overrides", "teacher_is_enabled", "validate_distillation"]
 
 # Settings of Hugging Face configurations under which logits are more than hidden states times a matrix.
 _HEAD_TRANSFORMS = (
@@ -78,6 +84,25 @@ def validate_distillation(config: DictConfig) -> None:
     _check_student(config)
     _check_loss(config)
     _check_teacher(config, teacher_path)
+
+
+def refuse_misspelt_overrides(arguments: list[str]) -> None:
+    """Look for slips in our keys in the overrides of the command line.
+
+    Hydra refuses an unknown key too, before VERL sees any configuration, but does not say which one was meant.
+
+    Raises:
+        ValueError: naming the override and the nearest key.
+    """
+    for argument in arguments:
+        parent, _, name = argument.partition("=")[0].lstrip("+~").rpartition(".")
+        nearest = None
+        if parent == "actor_rollout_ref.actor.policy_loss":
+            nearest = misspelt_key(name)
+        elif parent == "teacher":
+            nearest = _misspelt_teacher_key(name)
+        if nearest:
+            raise ValueError(f"{argument}: there is no {name} in {parent}, did you mean {parent}.{nearest}?")
 
 
 def _refuse(config: DictConfig, key: str, bad: Any, fix: str) -> None:
@@ -194,11 +219,15 @@ def _check_teacher(config: DictConfig, path: Optional[str]) -> None:
 
 
 def _check_teacher_keys(teacher: DictConfig) -> None:
-    names = [field.name for field in fields(TeacherConfig)]
     for key in teacher:
-        if key not in [*names, "_target_"]:
-            nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+        if nearest := _misspelt_teacher_key(key):
             raise ValueError(f"teacher.{key}={teacher[key]} is not a key of the teacher: did you mean {nearest}?")
+
+
+def _misspelt_teacher_key(key: str) -> Optional[str]:
+    """The nearest key of the ``teacher`` group; None if `key` is one."""
+    names = [field.name for field in fields(TeacherConfig)]
+    return None if key in [*names, "_target_"] else difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
 
 
 def _check_teacher_batches(config: DictConfig) -> None:

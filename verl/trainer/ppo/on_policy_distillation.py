@@ -57,6 +57,7 @@ __all__ = [
     "compute_hybrid_rl_distillation_loss",
     "compute_on_policy_distillation_loss",
     "is_distillation_loss",
+    "misspelt_key",
     "token_weights",
 ]
 
@@ -141,7 +142,7 @@ class DistillationLossConfig:
         names = [field.name for field in fields(cls)]
         given = list(section)  # a VERL config raises AttributeError, not KeyError, on `in`
         for key in given:
-            if nearest := _misspelt(str(key), names):
+            if nearest := misspelt_key(str(key)):
                 raise ValueError(f"{key}={section[key]!r} is not a key of these losses: did you mean {nearest}?")
         if section is not config and (stray := [name for name in names if name in list(config or ())]):
             raise ValueError(f"{stray[0]}={config[stray[0]]!r} stands beside policy_loss: move it into policy_loss.")
@@ -152,9 +153,10 @@ class DistillationLossConfig:
         return DivergenceSpec(self.distillation_type, self.distillation_beta, self.distillation_temperature)
 
 
-def _misspelt(key: str, names: list[str]) -> Optional[str]:
-    """The one of our `names` that `key` stands for, if it is none of them and none of VERL's."""
-    if key in names or key in _field_names(PolicyLossConfig) or key in _field_names(ActorConfig):
+def misspelt_key(key: str) -> Optional[str]:
+    """The field of `DistillationLossConfig` that `key` stands for; None if it is one, or VERL's, or like none."""
+    names = _field_names(DistillationLossConfig)
+    if key in names | _field_names(PolicyLossConfig) | _field_names(ActorConfig):
         return None
     cutoff = 0.0 if key.startswith(("distil", "hybrid_")) else 0.8
     return next(iter(difflib.get_close_matches(key, names, n=1, cutoff=cutoff)), None)
