@@ -180,9 +180,9 @@ def trainer_update() -> str | None:
         "grpo": "GRPO without a reference policy, VERL's own",
     }
     header = ["step", "before the update, s", "update, s", "step, s", "update's extra memory, MB"]
-    fields = (("prepare_s", 1), ("update_s", 1), ("step_s", 1), ("update_extra_mb", 1))
+    fields = ("prepare_s", "update_s", "step_s", "update_extra_mb")
     rows = [
-        [title, *(number(medians[kind][field] * scale) for field, scale in fields)]
+        [title, *(number(medians[kind][field]) for field in fields)]
         for kind, title in titles.items()
         if kind in medians
     ]

@@ -126,6 +126,14 @@ def succeed(*arguments, **options):
     return done.stdout
 
 
+def unchanged(tree, *arguments, **options):
+    """What a call says that must succeed and leave the tree as it is."""
+    before = content(tree)
+    said = succeed(*arguments, tree, **options)
+    assert content(tree) == before
+    return said
+
+
 def refused(tree, *arguments, status=1, **options):
     """The message of a call that must fail and leave the tree, its index and its objects as they are."""
     before = content(tree)
@@ -195,24 +203,16 @@ def test_the_command_it_prints_removes_the_patch(tree):
 
 
 def test_twice_changes_nothing_in_either_direction(tree):
-    before = content(tree)
-    assert "does not have the patch; nothing to do" in succeed("--reverse", tree)
-    assert content(tree) == before
+    assert "does not have the patch; nothing to do" in unchanged(tree, "--reverse")
     apply(tree)
-    once = content(tree)
-    assert "has the patch already; nothing to do" in apply(tree)
-    assert "has the patch already; nothing to do" in succeed("--check", tree)
-    assert content(tree) == once
+    assert "has the patch already; nothing to do" in unchanged(tree, "--no-verify")
+    assert "has the patch already; nothing to do" in unchanged(tree, "--check")
 
 
 def test_check_changes_nothing(tree):
-    before = content(tree)
-    assert "the patch applies to VERL 0.9.1" in succeed("--check", tree)
-    assert content(tree) == before
+    assert "the patch applies to VERL 0.9.1" in unchanged(tree, "--check")
     apply(tree)
-    after = content(tree)
-    assert "can be taken out" in succeed("--check", "--reverse", tree)
-    assert content(tree) == after
+    assert "can be taken out" in unchanged(tree, "--check", "--reverse")
 
 
 def test_without_target_it_is_the_verl_that_python_imports(tree, patched):
@@ -494,8 +494,7 @@ def test_help_names_every_option():
 def test_without_git_patch_does_the_same(tree, patched, path_without):
     environment = path_without("git")
     before = content(tree)
-    assert "the patch applies" in succeed("--check", tree, environment=environment)
-    assert content(tree) == before
+    assert "the patch applies" in unchanged(tree, "--check", environment=environment)
     apply(tree, environment=environment)
     assert content(tree) == patched
     assert "already" in apply(tree, environment=environment)

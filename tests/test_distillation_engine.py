@@ -133,19 +133,20 @@ CASES = {
     "vanilla": (f"{LOSS}.loss_mode=vanilla", f"{MICRO}=4"),
 }
 BF16 = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"  # VERL's default
-BF16_CASES = {
-    f"{prefix}bf16{suffix}": (loss, f"{MICRO}=4", BF16, *head)
-    for prefix, head in (("", ()), ("dense_", (DENSE,)))
-    for suffix, loss in (("", PURE), ("_hybrid", HYBRID))
-}
-TIED = {"tied": (PURE, f"{MICRO}=4"), "tied_hybrid": (HYBRID, f"{MICRO}=4")}
-TIED |= {f"dense_{name}": (*case, DENSE) for name, case in TIED.items()}
 LORA = ("actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora_alpha=8")
-LORA_CASES = {"lora": (PURE, f"{MICRO}=4", *LORA), "lora_hybrid": (HYBRID, f"{MICRO}=4", *LORA)}
-LORA_CASES |= {f"dense_{name}": (*case, DENSE) for name, case in LORA_CASES.items()}
-BIAS = {"bias": (PURE, f"{MICRO}=4"), "bias_hybrid": (HYBRID, f"{MICRO}=4")}
-BIAS |= {f"dense_{name}": (*case, DENSE) for name, case in BIAS.items()}
-PADDED = {"padded_teacher": (PURE, f"{MICRO}=4"), "dense_padded_teacher": (PURE, f"{MICRO}=4", DENSE)}
+
+
+def every_loss_and_head(name, *overrides):
+    """`name` is the pure loss with the fused head."""
+    losses = {name: (PURE, f"{MICRO}=4", *overrides), f"{name}_hybrid": (HYBRID, f"{MICRO}=4", *overrides)}
+    return losses | {f"dense_{loss}": (*case, DENSE) for loss, case in losses.items()}
+
+
+BF16_CASES = every_loss_and_head("bf16", BF16)
+TIED = every_loss_and_head("tied")
+LORA_CASES = every_loss_and_head("lora", *LORA)
+BIAS = every_loss_and_head("bias")
+PADDED = every_loss_and_head("padded_teacher")
 
 
 def free_port():
@@ -364,6 +365,7 @@ def test_an_adapted_student_has_gradients_at_its_adapters_only(one_rank):
         ("hybrid_packed", "dense_hybrid"),
         ("hybrid_entropy", "dense_hybrid_entropy"),
         ("padded_teacher", "dense_padded_teacher"),
+        ("padded_teacher_hybrid", "dense_padded_teacher_hybrid"),
         ("tied", "dense_tied"),
         ("tied_hybrid", "dense_tied_hybrid"),
         ("lora", "dense_lora"),

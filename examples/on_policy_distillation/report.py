@@ -304,8 +304,12 @@ def not_drawn(missing: list[Picture]) -> str:
 
 
 def pictures(runs: dict[str, Metrics]) -> str:
-    images = [image(picture, runs) for picture in all_pictures(runs) if has_numbers(runs, picture.metrics)]
-    missing = [picture for picture in all_pictures(runs) if not has_numbers(runs, picture.metrics)]
+    images, missing = [], []
+    for picture in all_pictures(runs):
+        if has_numbers(runs, picture.metrics):
+            images.append(image(picture, runs))
+        else:
+            missing.append(picture)
     return "\n".join([*images, not_drawn(missing)])
 
 

@@ -190,21 +190,12 @@ def _check_teacher(config: DictConfig, path: Optional[str]) -> None:
         )
     if not isinstance(path, str):
         raise ValueError(f"teacher.model.path={path!r} is no path: set it to the folder or the name of a checkpoint.")
-    _check_teacher_keys(config.teacher)
-    _check_teacher_numbers(config.teacher)
-    _check_engine(config, "teacher.fsdp_config.strategy", "teacher.fsdp_config", "teacher.model")
-    _refuse(config, "teacher.fsdp_config.forward_only", False, "the teacher is never trained; set it to True.")
-    _check_teacher_batches(config)
-    payload = config.teacher.payload
-    if payload not in TEACHER_PAYLOADS:
-        raise ValueError(f"teacher.payload={payload} is not a payload: choose one of {list(TEACHER_PAYLOADS)}.")
-    for key in ("teacher.payload_dtype", "teacher.fsdp_config.model_dtype"):
-        _check_dtype(key, OmegaConf.select(config, key))
+    _check_teacher_settings(config)
     student_path = config.actor_rollout_ref.model.path
     student = _load_config("actor_rollout_ref.model.path", student_path, config.actor_rollout_ref.model)
     teacher = _load_config("teacher.model.path", path, config.teacher.model)
     _check_tokenizers(config, student, teacher)
-    if payload == "hidden_states":
+    if config.teacher.payload == "hidden_states":
         _check_linear_head("teacher.model.path", path, teacher, "teacher.payload=logits")
         local = _local_path(path)
         if os.path.isdir(local):
@@ -216,6 +207,20 @@ def _check_teacher(config: DictConfig, path: Optional[str]) -> None:
             f"teacher.dump_freq={config.teacher.dump_freq} is written by a fused head: set "
             "actor_rollout_ref.actor.policy_loss.distillation_head=fused, or teacher.dump_freq=-1."
         )
+
+
+def _check_teacher_settings(config: DictConfig) -> None:
+    """What can be judged without the checkpoints."""
+    _check_teacher_keys(config.teacher)
+    _check_teacher_numbers(config.teacher)
+    _check_engine(config, "teacher.fsdp_config.strategy", "teacher.fsdp_config", "teacher.model")
+    _refuse(config, "teacher.fsdp_config.forward_only", False, "the teacher is never trained; set it to True.")
+    _check_teacher_batches(config)
+    payload = config.teacher.payload
+    if payload not in TEACHER_PAYLOADS:
+        raise ValueError(f"teacher.payload={payload} is not a payload: choose one of {list(TEACHER_PAYLOADS)}.")
+    for key in ("teacher.payload_dtype", "teacher.fsdp_config.model_dtype"):
+        _check_dtype(key, OmegaConf.select(config, key))
 
 
 def _check_teacher_keys(teacher: DictConfig) -> None:

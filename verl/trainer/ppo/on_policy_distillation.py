@@ -29,6 +29,7 @@ import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Optional
 
 import torch
@@ -139,7 +140,7 @@ class DistillationLossConfig:
         Keys of other owners are left alone; a key that is not theirs and looks like ours is refused.
         """
         section = _policy_loss_section(config)
-        names = [field.name for field in fields(cls)]
+        names = _field_names(cls)
         given = list(section)  # a VERL config raises AttributeError, not KeyError, on `in`
         for key in given:
             if nearest := misspelt_key(str(key)):
@@ -153,17 +154,18 @@ class DistillationLossConfig:
         return DivergenceSpec(self.distillation_type, self.distillation_beta, self.distillation_temperature)
 
 
+@cache  # every loss call asks for every key of its configuration
 def misspelt_key(key: str) -> Optional[str]:
     """The field of `DistillationLossConfig` that `key` stands for; None if it is one, or VERL's, or like none."""
     names = _field_names(DistillationLossConfig)
-    if key in names | _field_names(PolicyLossConfig) | _field_names(ActorConfig):
+    if key in (*names, *_field_names(PolicyLossConfig), *_field_names(ActorConfig)):
         return None
     cutoff = 0.0 if key.startswith(("distil", "hybrid_")) else 0.8
     return next(iter(difflib.get_close_matches(key, names, n=1, cutoff=cutoff)), None)
 
 
-def _field_names(config_class: type) -> set[str]:
-    return {field.name for field in fields(config_class)}
+def _field_names(config_class: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(config_class))
 
 
 def _require_finite_number(name: str, value: Any) -> None:
@@ -200,7 +202,8 @@ def _actor_config(config: Any) -> ActorConfig:
 
 
 def _known_keys(config_class: type, config: Mapping) -> dict[str, Any]:
-    return {key: config[key] for key in config if key in _field_names(config_class)}
+    names = _field_names(config_class)
+    return {key: config[key] for key in config if key in names}
 
 
 def _global_batch_info(config: Any) -> dict[str, Any]:
