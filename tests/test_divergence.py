@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Values and gradients of verl/utils/divergence.py against float64, finite differences and closed forms.
+"""Values and gradients of divergence.py against float64, finite differences and closed forms.
 
 `reference` and `loop_reference` below are the truth. They are written from the formulas, in float64, and share no
 code with the module: one with autograd for the gradients, one as plain loops for probabilities that are zero.
@@ -22,16 +22,20 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from vocabulary_shards import CUTS, random_rows, sharded
 
-from verl.utils import divergence as divergence_module
-from verl.utils.divergence import (
+from verl.on_policy_distillation import divergence as divergence_module
+from verl.on_policy_distillation.divergence import (
     DIVERGENCES,
     LOG_ZERO,
     DenseLogits,
     DivergenceSpec,
-    LinearLogits,
+    Temperatures,
+    divergence_rows_,
+    merge,
     token_divergence,
 )
+from verl.on_policy_distillation.head import LinearLogits
 
 # The bounds in float32. A gradient entry is S_v times a difference of log-ratios, so where a token's gradient vanishes
 # its rounding does not: it stays that of the value.
@@ -624,6 +628,122 @@ def test_teacher_logits_are_read_once_and_a_chunk_at_a_time(elements, monkeypatc
     assert sum(source.requests) == len(student)
     most = max(1, elements // 37)  # one row is the least there can be
     assert max(source.requests) <= most and len(source.requests) == -(-len(student) // most)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vocabularies in shards
+
+SHARD_TEMPERATURES = Temperatures(0.7, 1.3)
+
+
+def whole_rows(student, teacher, spec, weights):
+    gradient = student.clone()
+    return divergence_rows_(gradient, teacher.clone(), spec, SHARD_TEMPERATURES, weights, gradient), gradient
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("kind", "beta"), [*CASES, ("skew_reverse_kl", 0.0)])
+def test_shards_give_what_the_whole_gives(kind, beta, dtype, cuts):
+    student, teacher = random_rows(dtype)
+    before = student.clone(), teacher.clone()
+    spec, weights = DivergenceSpec(kind, beta), torch.linspace(-1.0, 2.0, 10, dtype=dtype)
+    results, gradient = sharded(divergence_module, student, teacher, spec, SHARD_TEMPERATURES, weights, cuts)
+    assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
+    expected, expected_gradient = whole_rows(student, teacher, spec, weights)
+    tolerance = 1.0 if dtype == torch.float32 else 1e-6
+    for mine, true in zip(results, expected, strict=True):
+        assert_values(mine, true.double(), tolerance * VALUE_TOLERANCE)
+    assert torch.equal(results[-1], expected[-1])
+    # The bound of a row is that of its largest divergence, as a gradient is made of differences of those.
+    size = torch.maximum(expected_gradient.abs().amax(-1), 0.1 * expected[0].abs().clamp(min=1.0))
+    error = (gradient - expected_gradient).abs().amax(-1)
+    assert (error <= tolerance * GRADIENT_TOLERANCE * size).all()
+
+
+@pytest.mark.parametrize(("kind", "beta"), [("reverse_kl", 1.0), ("gkd", 0.3), ("skew_reverse_kl", 0.7)])
+def test_shards_against_the_definition(kind, beta):
+    student, teacher = random_pair(dtype=torch.float64)
+    weights, spec = torch.ones(16, dtype=torch.float64), DivergenceSpec(kind, beta, 1.7)
+    temperatures = Temperatures(1.7, 1.7)
+    results, gradient = sharded(divergence_module, student, teacher, spec, temperatures, weights, (3, 30))
+    assert_same((results[0], gradient), reference_with_gradient(kind, beta, student, teacher, 1.7), tolerance=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "beta"), [("forward_kl", 1.0), ("gkd", 0.5), ("skew_reverse_kl", 0.5)])
+def test_gradients_of_shards_in_another_dtype_are_rounded_once(kind, beta):
+    student, teacher = random_rows()
+    arguments = student, teacher, DivergenceSpec(kind, beta), SHARD_TEMPERATURES, torch.ones(10), (10,)
+    _, gradient = sharded(divergence_module, *arguments)
+    _, half = sharded(divergence_module, *arguments, gradient_dtype=torch.bfloat16)
+    assert torch.equal(half, gradient.to(torch.bfloat16))
+
+
+def test_a_merge_of_merges_is_the_merge_of_all():
+    student, teacher = random_rows(torch.float64)
+    edges = (0, 5, 10, 22, 37)
+    parts = [slice(*edge) for edge in zip(edges[:-1], edges[1:], strict=True)]
+    shards = [divergence_module.statistics(student[:, part], teacher[:, part], SHARD_TEMPERATURES) for part in parts]
+    halves = [merge(shards[:2], SHARD_TEMPERATURES), merge(shards[2:], SHARD_TEMPERATURES)]
+    at_once, twice = merge(shards, SHARD_TEMPERATURES), merge(halves, SHARD_TEMPERATURES)
+    assert torch.equal(at_once.highest, twice.highest) and torch.equal(at_once.top, twice.top)
+    torch.testing.assert_close(at_once.sums, twice.sums, rtol=1e-12, atol=1e-12)
+
+
+def test_a_merge_is_one_maximum_and_one_sum_over_processes():
+    """Each process knows its shard and two tensors that all of them have reduced."""
+    student, teacher = random_rows()
+    parts = slice(0, 10), slice(10, 30), slice(30, 37)
+    shards = [divergence_module.statistics(student[:, part], teacher[:, part], SHARD_TEMPERATURES) for part in parts]
+    highest = torch.maximum(torch.maximum(shards[0].highest, shards[1].highest), shards[2].highest)
+    payload = sum(shard.payload(highest, SHARD_TEMPERATURES, i, 3) for i, shard in enumerate(shards))
+    reduced = type(shards[0]).of_payload(highest, payload)
+    assert all(map(torch.equal, reduced, merge(shards, SHARD_TEMPERATURES)))
+
+
+def test_agreement_over_shards_is_of_the_first_of_equal_maxima():
+    student, teacher = torch.zeros(4, 300), torch.zeros(4, 300)
+    student[:, [70, 71, 250]] = 2.0
+    for row, best in enumerate((70, 71, 250)):
+        teacher[row, best] = 1.0
+    spec, temperatures, weights = DivergenceSpec(), Temperatures(1.0, 1.0), torch.ones(4)
+    for cuts in ((71,), (70, 72), (200,), (100, 299)):
+        results, _ = sharded(divergence_module, student, teacher, spec, temperatures, weights, cuts)
+        assert results[-1].tolist() == [1.0, 0.0, 0.0, 1.0], cuts
+
+
+@pytest.mark.parametrize("vocab", [1, 127, 128, 129, 300, 1000])
+def test_agreement_is_of_the_first_of_equal_maxima(vocab):
+    for place in {0, vocab // 2, vocab - 1}:
+        student, teacher = torch.zeros(2, vocab), torch.zeros(2, vocab)
+        student[:, place:] = 1.0
+        teacher[0, place], teacher[1, place - 1] = 1.0, 1.0
+        agreed = divergence_of(student, teacher).top1_agreement.tolist()
+        assert agreed == [1.0, float(vocab == 1)], place
+
+
+@pytest.mark.parametrize("kind", list(DIVERGENCES))
+def test_no_rows_of_shards(kind):
+    student, teacher = torch.zeros(0, 37), torch.zeros(0, 37)
+    arguments = student, teacher, DivergenceSpec(kind, 0.5), SHARD_TEMPERATURES, torch.zeros(0), (10,)
+    results, gradient = sharded(divergence_module, *arguments)
+    assert results.shape == (6, 0) and gradient.shape == (0, 37)
+
+
+def test_the_vocabulary_of_a_plain_function_is_whole(monkeypatch):
+    def total_variation(d, beta):
+        value = (d.s - d.t).abs().sum(-1) / 2.0
+        d.s.sub_(d.t)
+        return value
+
+    monkeypatch.setitem(DIVERGENCES, "total_variation", total_variation)
+    student, teacher = random_pair()
+    value, gradient = with_gradient(student, teacher, "total_variation", temperature=1.3)
+    s, t = (torch.softmax(side.double() / 1.3, -1) for side in (student, teacher))
+    assert_same((value, gradient), ((s - t).abs().sum(-1) / 2.0, (s - t) / 1.3))
+    spec = DivergenceSpec("total_variation")
+    with pytest.raises(ValueError, match="'total_variation' is a plain function .*: register a Divergence"):
+        sharded(divergence_module, student, teacher, spec, SHARD_TEMPERATURES, torch.ones(16), (10,))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""verl/utils/kernel/divergence_rows.py against float64 formulas and against its twin in torch; and that it compiles.
+"""divergence_triton.py against float64 formulas and against its twin in torch; and that it compiles.
 
 Triton's interpreter runs the kernel on the processor. It is chosen when the module is imported, so it has a process of
 its own here: what other tests import stays compiled. With a CUDA device the compiled kernel runs the same tests too.
 
-`truth` is the table of verl/utils/divergence.py in float64, with `LOG_ZERO` for log 0, and shares no code with either.
+`truth` is the table of divergence.py in float64, with `LOG_ZERO` for log 0, and shares no code with either.
 """
 
 import importlib.util
@@ -32,9 +32,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from vocabulary_shards import CUTS, random_rows, sharded
 
-from verl.utils import divergence
-from verl.utils.divergence import DIVERGENCES, LOG_ZERO, DivergenceSpec
+from verl.on_policy_distillation import divergence
+from verl.on_policy_distillation.divergence import DIVERGENCES, LOG_ZERO, DivergenceSpec, Temperatures
+from verl.on_policy_distillation.head import implementation
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -97,14 +99,14 @@ class Problem:
     student: torch.Tensor
     teacher: torch.Tensor
     spec: DivergenceSpec
-    student_temperature: float
+    temperatures: Temperatures
     weights: torch.Tensor
 
 
 def problem(student, teacher, kind="reverse_kl", beta=1.0, temperatures=(0.7, 1.3), weights=None) -> Problem:
     """`temperatures`: the student's and the teacher's."""
     weights = torch.linspace(-1.0, 2.0, len(student), dtype=student.dtype) if weights is None else weights
-    return Problem(student, teacher, DivergenceSpec(kind, beta, temperatures[1]), temperatures[0], weights)
+    return Problem(student, teacher, DivergenceSpec(kind, beta, temperatures[1]), Temperatures(*temperatures), weights)
 
 
 @dataclass
@@ -114,6 +116,7 @@ class Layout:
     gradient: torch.dtype | None = None
     padding: tuple[int, int, int] = (0, 0, 0)
     block: int | None = None  # in place of the module's BLOCK
+    cuts: tuple[int, ...] | None = None  # of the vocabulary into shards, each verb a launch
 
 
 UNTOUCHED = -77.0
@@ -127,7 +130,7 @@ def padded(values: torch.Tensor, padding: int) -> torch.Tensor:
 
 def call(case: Problem, layout: Layout, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Results and gradient; checks that memory between the rows of the gradient is left alone."""
-    from verl.utils.kernel import divergence_rows as module
+    from verl.on_policy_distillation import divergence_triton as module
 
     vocab = case.student.shape[-1]
     target = case.student if layout.gradient is None else torch.full_like(case.student, 3.0, dtype=layout.gradient)
@@ -138,7 +141,11 @@ def call(case: Problem, layout: Layout, device: str) -> tuple[torch.Tensor, torc
         memory[2], gradient = memory[0], student
     with mock.patch.object(module, "BLOCK", layout.block or module.BLOCK):
         weights = case.weights.to(device)
-        results = module.divergence_rows_(student, teacher, case.spec, case.student_temperature, weights, gradient)
+        if layout.cuts is not None:
+            arguments = student, teacher, case.spec, case.temperatures, weights, layout.cuts
+            results, gradient = sharded(module, *arguments, gradient_dtype=layout.gradient)
+            return results.cpu(), gradient.cpu()
+        results = module.divergence_rows_(student, teacher, case.spec, case.temperatures, weights, gradient)
     assert (memory[2][:, vocab:] == UNTOUCHED).all()
     return results.cpu(), gradient.cpu()
 
@@ -188,14 +195,12 @@ def check(kernel, case: Problem, layout: Layout | None = None) -> None:
     results, gradient = kernel(case, layout)
     assert results.dtype == dtype and gradient.dtype == (layout.gradient or dtype)
     rounding = ROUNDING[gradient.dtype] if gradient.dtype != dtype else 0.0
-    expected = truth(case.student, case.teacher, case.spec, case.student_temperature, case.weights)
-    factors = case.weights / case.student_temperature
+    expected = truth(case.student, case.teacher, case.spec, case.temperatures.student, case.weights)
+    factors = case.weights / case.temperatures.student
     close((results, gradient), expected, dtype, factors, rounding)
 
     student, teacher = case.student.clone(), case.teacher.clone()
-    twin_results = divergence.divergence_rows_(
-        student, teacher, case.spec, case.student_temperature, case.weights, student
-    )
+    twin_results = divergence.divergence_rows_(student, teacher, case.spec, case.temperatures, case.weights, student)
     close((results, gradient), (twin_results, student), dtype, factors, rounding, tolerance=2.0)
     assert torch.equal(results[-1], twin_results[-1])
 
@@ -337,6 +342,36 @@ def test_agreement_is_of_the_first_of_equal_maxima(kernel):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# vocabularies in shards
+
+
+@pytest.mark.parametrize("cuts", CUTS[:2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_shards_give_what_the_whole_gives(kernel, kind, beta, dtype, cuts):
+    case = problem(*random_rows(dtype), kind, beta)
+    check(kernel, case, Layout(block=32, cuts=cuts))
+    factors = case.weights / case.temperatures.student
+    close(kernel(case, Layout(block=32, cuts=cuts)), kernel(case, Layout(block=32)), dtype, factors)
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_shards_of_many_blocks_with_narrow_gradients_and_rows_that_lie_apart(kernel, kind, beta):
+    layout = Layout(torch.bfloat16, (11, 3, 0), block=256, cuts=(300, 777))
+    check(kernel, problem(*five_rows(1025), kind, beta), layout)
+
+
+def test_agreement_over_shards_is_of_the_first_of_equal_maxima(kernel):
+    student, teacher = torch.zeros(4, 300), torch.zeros(4, 300)
+    student[:, [70, 71, 250]] = 2.0
+    for row, best in enumerate((70, 71, 250)):
+        teacher[row, best] = 1.0
+    for cuts in ((71,), (70, 72), (100, 299)):
+        results, _ = kernel(problem(student, teacher), Layout(block=64, cuts=cuts))
+        assert results[-1].tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # weights and memory
 
 
@@ -391,12 +426,27 @@ def _total_variation(d, beta):
 
 @pytest.mark.parametrize("kind", ["total_variation", "reverse_kl"])
 def test_a_divergence_of_the_users_own_is_left_to_torch(monkeypatch, kind):
-    monkeypatch.setitem(DIVERGENCES, kind, _total_variation)
+    from verl.on_policy_distillation import divergence_triton
+
     case = problem(*five_rows(37), kind)
+    on_device = SimpleNamespace(is_cuda=True)
+    if kind in DIVERGENCES:
+        assert implementation(on_device, case.spec) is divergence_triton
+    monkeypatch.setitem(DIVERGENCES, kind, _total_variation)
+    assert implementation(on_device, case.spec) is divergence
     student, teacher = case.student.clone(), case.teacher.clone()
-    expected = divergence.divergence_rows_(student, teacher, case.spec, 0.7, case.weights, student)
-    results, gradient = call(case, Layout(), "cpu")
+    expected = divergence.divergence_rows_(student, teacher, case.spec, case.temperatures, case.weights, student)
+    chosen = implementation(on_device, case.spec)
+    gradient = torch.empty_like(case.student)
+    results = chosen.divergence_rows_(
+        case.student.clone(), case.teacher.clone(), case.spec, case.temperatures, case.weights, gradient
+    )
     assert torch.equal(results, expected) and torch.equal(gradient, student)
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_torch_is_used_without_a_device(kind, beta):
+    assert implementation(torch.zeros(1), DivergenceSpec(kind, beta)) is divergence
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -423,17 +473,21 @@ def compiled(monkeypatch, tmp_path):
     """The kernels that calls would have launched, compiled to machine code for an H100 in place of it."""
     import triton
 
-    from verl.utils.kernel import divergence_rows as module
+    from verl.on_policy_distillation import divergence_triton as module
 
-    kernels, kernel = [], module._rows_kernel
+    kernels = []
 
     class Launcher:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
         def __getitem__(self, grid):
-            return lambda *args, **kwargs: kernels.append(kernel.warmup(*args, grid=grid, **kwargs))
+            return lambda *args, **kwargs: kernels.append(self.kernel.warmup(*args, grid=grid, **kwargs))
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.runtime.driver, "_active", HopperWithoutDevice())
-    monkeypatch.setattr(module, "_rows_kernel", Launcher())
+    for name in ("_rows_kernel", "_statistics_kernel", "_mixture_kernel", "_gradient_kernel"):
+        monkeypatch.setattr(module, name, Launcher(getattr(module, name)))
     return kernels
 
 
@@ -458,6 +512,20 @@ def test_compiles_for_hopper(compiled, kind, dtype, gradient):
     if dtype == torch.float32:
         assert "ld.global.v4" in kernel.asm["ptx"]  # memory is read 128 bits at a time
         assert "xf64" not in kernel.asm["ttir"]  # nor is a block computed in more digits than that
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("kind", "launches"), [("reverse_kl", 2), ("forward_kl", 2), ("gkd", 3), ("skew_reverse_kl", 3)]
+)
+def test_the_verbs_compile_for_hopper(compiled, kind, launches, dtype):
+    call(problem(*(torch.zeros(2, 48, dtype=dtype) for _ in range(2)), kind, 0.5), Layout(cuts=()), "cpu")
+    assert len(compiled) == launches and all(kernel.asm["cubin"] for kernel in compiled)
+    for kernel in compiled:
+        if dtype == torch.float64:
+            assert "f32" not in kernel.asm["ttir"]
+        else:
+            assert "ld.global.v4" in kernel.asm["ptx"] and "xf64" not in kernel.asm["ttir"]
 
 
 # Sizes and strides of one, of no and of another alignment are compiled apart.

@@ -11,10 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""verl/utils/kernel/linear_divergence.py against float64, finite differences and closed forms.
+"""head.py against float64, finite differences and closed forms.
 
 `truth` and `token_truth` are the truth: dense logits, the definitions, and autograd, all in float64. `table_truth` is
-the table of verl/utils/divergence.py for probabilities that are zero, where autograd meets 0 * inf. None of the three
+the table of divergence.py for probabilities that are zero, where autograd meets 0 * inf. None of the three
 uses a piece of the module.
 """
 
@@ -28,9 +28,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from verl.utils import divergence as divergence_module
-from verl.utils.divergence import DIVERGENCES, LOG_ZERO, DenseLogits, DivergenceSpec, TokenDivergence, token_divergence
-from verl.utils.kernel.linear_divergence import linear_divergence, linear_token_divergence
+from verl.on_policy_distillation import divergence as divergence_module
+from verl.on_policy_distillation import head as head_module
+from verl.on_policy_distillation.divergence import (
+    DIVERGENCES,
+    LOG_ZERO,
+    DenseLogits,
+    DivergenceSpec,
+    TokenDivergence,
+    token_divergence,
+)
+from verl.on_policy_distillation.head import (
+    LinearLogits,
+    divergence_of_head,
+    linear_divergence,
+    linear_token_divergence,
+    tokens_of_head,
+)
 
 CASES = [
     ("reverse_kl", 1.0),
@@ -460,6 +474,351 @@ def test_forward_kl_of_bias_alone():
     ).loss.backward()
     expected = -1.75 * (student_bias.detach().softmax(-1) - teacher_bias.softmax(-1))
     torch.testing.assert_close(student_bias.grad, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# scaled and soft-capped logits
+
+# (scale, soft cap) of the student, and of the teacher. Standard deviation of the logits before: 1.5.
+CAPS = [
+    ((0.25, None), (3.0, None)),
+    ((1.0, 2.0), (1.0, 2.0)),
+    ((2.0, 1.5), (1.0, None)),
+    ((1.0, None), (0.5, 3.0)),
+]
+OPTIONS = ("student_scale", "student_softcap", "teacher_scale", "teacher_softcap")
+
+
+def capped(logits, scale, softcap):
+    """As the models write it."""
+    logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def cap_options(caps):
+    return dict(zip(OPTIONS, (*caps[0], *caps[1]), strict=True))
+
+
+def cap_truth(p: Problem, caps, factors, kind, beta, temperature, log_prob_temperature):
+    """As `token_truth`."""
+    p = p.leaves()
+    whole = capped(head(p.student_hidden, p.student_weight, p.student_bias), *caps[0])
+    teacher = capped(head(p.teacher_hidden, p.teacher_weight, p.teacher_bias), *caps[1])
+    vocab = min(whole.shape[-1], teacher.shape[-1])
+    sides = (log_probabilities(side[:, :vocab], temperature) for side in (whole, teacher.detach()))
+    log_p = log_probabilities(whole, log_prob_temperature)
+    policy = log_p.gather(-1, p.labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    results = torch.stack((*policy, definition(kind, beta, *sides)))
+    return results.detach(), torch.autograd.grad((results * factors.double()).sum(), p.student())
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("caps", CAPS)
+@pytest.mark.parametrize(("kind", "beta"), FEW)
+def test_scaled_and_capped_heads(kind, beta, caps, dtype, vocab, monkeypatch):
+    set_chunks(monkeypatch, 3, 37, 2)
+    p, factors = problem(vocab=vocab, dtype=dtype), factors_for(7, dtype=dtype)
+    tolerance = FLOAT32 if dtype == torch.float32 else FLOAT64
+    actual = run_tokens(p, factors, kind, beta, temperature=0.7, log_prob_temperature=1.3, **cap_options(caps))
+    assert_same(actual, cap_truth(p, caps, factors, kind, beta, 0.7, 1.3), tolerance)
+    only_divergence = factors * torch.tensor([[0.0], [0.0], [1.0]])
+    results, gradients = cap_truth(p, caps, only_divergence, kind, beta, 0.7, 1.0)
+    leaves = p.leaves()
+    tensors, biases = leaves.arguments()
+    options = {"distillation_type": kind, "beta": beta, "temperature": 0.7, "token_weights": factors[2]}
+    out = linear_divergence(*tensors, **biases, **options, **cap_options(caps))
+    out.loss.backward()
+    assert_values(out.divergence, results[2], tolerance)
+    assert_gradients([tensor.grad for tensor in leaves.student()], gradients, 5 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("caps", CAPS)
+def test_half_precision_scaled_and_capped(caps, dtype):
+    p, factors = problem(dtype=dtype), factors_for(7)
+    results, gradients = run_tokens(p, factors, "gkd", 0.5, **cap_options(caps))
+    expected = cap_truth(p, caps, factors, "gkd", 0.5, 1.0, 1.0)
+    assert_values(results, expected[0], 3 * HALF[dtype])  # the scale multiplies a logit's rounding
+    assert_gradients(gradients, expected[1], 6 * HALF[dtype])
+
+
+@pytest.mark.parametrize("caps", CAPS)
+def test_capped_token_gradients_by_gradcheck(caps):
+    p = problem(n=3, vocab=(7, 6), width=(3, 2), dtype=torch.float64).leaves()
+
+    def results(hidden, weight, bias):
+        q = replace(p, student_hidden=hidden, student_weight=weight, student_bias=bias)
+        out = tokens_of(q, distillation_type="gkd", beta=0.3, temperature=1.3, **cap_options(caps))
+        return out.log_prob, out.entropy, out.tokens.divergence
+
+    torch.autograd.gradcheck(results, p.student())
+
+
+@pytest.mark.parametrize("caps", CAPS)
+@pytest.mark.parametrize(("kind", "beta"), FEW)
+def test_capped_gradients_by_finite_differences(kind, beta, caps):
+    p, step = problem(n=3, vocab=(7, 6), width=(3, 2), dtype=torch.float64), 1e-5
+    options = {"distillation_type": kind, "beta": beta, "temperature": 1.3, **cap_options(caps)}
+
+    def loss_of(q):
+        tensors, biases = q.arguments()
+        return linear_divergence(*tensors, **biases, **options).loss
+
+    def loss_at(name, index, change):
+        moved = getattr(p, name).clone()
+        moved.view(-1)[index] += change
+        return loss_of(replace(p, **{name: moved})).item()
+
+    leaves = p.leaves()
+    gradients = torch.autograd.grad(loss_of(leaves), leaves.student())
+    for name, gradient in zip(("student_hidden", "student_weight", "student_bias"), gradients, strict=True):
+        for index, expected in enumerate(gradient.flatten().tolist()):
+            slope = (loss_at(name, index, step) - loss_at(name, index, -step)) / (2 * step)
+            assert slope == pytest.approx(expected, rel=1e-6, abs=1e-9), (name, index)
+
+
+def test_a_cap_that_is_reached_keeps_the_digits_of_its_slope():
+    """Logits of 20 under a cap of 2: the slope is 1 / cosh(10)^2 = 8e-9, which 1 - tanh^2 in float32 gives as 0."""
+    hidden = torch.tensor([[20.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0]])
+    out = linear_divergence(hidden, weight, torch.zeros(1, 1), weight, student_softcap=2.0)
+    out.loss.backward()
+    wide = hidden.detach().double().requires_grad_()
+    logits = 2.0 * torch.tanh(wide @ weight.double().T / 2.0)
+    log_s = torch.log_softmax(logits, -1)
+    true_slope = (log_s.exp() * (log_s + math.log(2.0))).sum()
+    (expected,) = torch.autograd.grad(true_slope, logits)
+    expected = expected[0, 0].item() / math.cosh(10.0) ** 2
+    assert 0.0 < expected < 1e-8
+    assert hidden.grad.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_extreme_logits_under_a_cap():
+    p, weights = integer_problem(-57, 58), weights_for(5)
+    tensors, _ = p.leaves().arguments()
+    out = linear_divergence(*tensors, token_weights=weights, student_softcap=30.0, teacher_softcap=30.0)
+    out.loss.backward()
+    assert out.loss.isfinite() and tensors[0].grad.isfinite().all() and tensors[1].grad.isfinite().all()
+
+
+def test_a_scale_costs_no_memory_and_a_cap_one_chunk(monkeypatch):
+    set_chunks(monkeypatch, CHUNK_TOKENS, MEMORY_VOCAB, 1)
+    peaks = []
+    for options in ({}, {"student_scale": 2.0}, {"student_softcap": 2.0}, {"teacher_softcap": 2.0}):
+        p = problem(n=10 * CHUNK_TOKENS, vocab=(MEMORY_VOCAB, MEMORY_VOCAB), width=(8, 8)).leaves()
+        tensors, biases = p.arguments()
+        with Memory(p) as memory:
+            linear_divergence(*tensors, **biases, **options).loss.backward()
+        peaks.append(memory.peak)
+    chunk = 4 * CHUNK_TOKENS * MEMORY_VOCAB
+    assert peaks[1] == peaks[0] and peaks[3] == peaks[0]
+    assert peaks[0] + 0.9 * chunk < peaks[2] < peaks[0] + 1.2 * chunk
+
+
+def test_rows_of_linear_logits_are_scaled_and_capped():
+    p = problem()
+    product = head(p.student_hidden, p.student_weight, p.student_bias)
+    for scale, softcap in ((1.0, None), (0.25, None), (1.0, 2.0), (3.0, 1.5)):
+        logits = LinearLogits(p.student_hidden, p.student_weight, p.student_bias, scale, softcap).cut(30)
+        expected = capped(product, scale, softcap)[[5, 2], :30]
+        torch.testing.assert_close(logits.rows(torch.tensor([5, 2])).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def tiny(name, **options):
+    """A model of transformers with random weights: hidden states of its last layer, output weight, logits."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 37, "pad_token_id": 0, "bos_token_id": 1}
+    config = getattr(transformers, name + "Config")(**sizes, eos_token_id=2, initializer_range=0.5, **options)
+    model = getattr(transformers, name + "ForCausalLM")(config).eval()
+    with torch.no_grad():
+        ids = torch.arange(3, 12).unsqueeze(0)
+        hidden = model.model(ids).last_hidden_state[0]
+        return hidden, model.get_output_embeddings().weight.detach(), model(ids).logits[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "scale", "softcap"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 3.0}, 1.0, 3.0),
+        ("Cohere", {"logit_scale": 0.0625}, 0.0625, None),
+        ("Granite", {"logits_scaling": 8.0}, 1 / 8.0, None),
+    ],
+)
+def test_logits_of_models_that_scale_or_cap_theirs(name, options, scale, softcap):
+    hidden, weight, logits = tiny(name, **options)
+    assert not torch.allclose(logits, hidden @ weight.T, rtol=0.05)  # what the head alone would say
+    source = LinearLogits(hidden, weight, scale=scale, softcap=softcap)
+    torch.testing.assert_close(source.rows(torch.arange(9)), logits, rtol=1e-5, atol=1e-5)
+    p = problem(n=9)
+    sides = {"scale": scale, "softcap": softcap}
+    forward = linear_divergence(
+        hidden, weight, p.teacher_hidden, p.teacher_weight, **{f"student_{k}": v for k, v in sides.items()}
+    )
+    reverse = linear_divergence(
+        p.teacher_hidden, p.teacher_weight, hidden, weight, **{f"teacher_{k}": v for k, v in sides.items()}
+    )
+    log_model = log_probabilities(logits.double(), 1.0)
+    log_other = log_probabilities(head(p.teacher_hidden, p.teacher_weight, None), 1.0)
+    assert_values(forward.divergence, kl(log_model, log_other), 2 * FLOAT32)
+    assert_values(reverse.divergence, kl(log_other, log_model), 2 * FLOAT32)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_errors_of_scales_and_caps(name, value):
+    arguments = change(problem(), **{name: value})
+    ending = " or None" if name.endswith("softcap") else ""
+    with pytest.raises(ValueError, match=rf"{name}={value}: pass a positive number{ending}\."):
+        linear_token_divergence(**arguments)
+    del arguments["labels"]
+    with pytest.raises(ValueError, match=rf"{name}={value}: pass a positive number"):
+        linear_divergence(**arguments)
+    p, option = problem(), name.split("_")[1]
+    with pytest.raises(ValueError, match=rf"^{option}={value}: pass a positive number"):
+        LinearLogits(p.student_hidden, p.student_weight, **{option: value})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# divergences that a loss is built on later
+
+
+def sources(p: Problem):
+    """The student's head, and the teacher as hidden states and as logits, float32."""
+    teacher = LinearLogits(p.teacher_hidden, p.teacher_weight, p.teacher_bias)
+    return LinearLogits(p.student_hidden, p.student_weight, p.student_bias), (
+        teacher,
+        DenseLogits(teacher.rows(slice(None))),
+    )
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+@pytest.mark.parametrize(("kind", "beta"), FEW)
+def test_divergence_of_head_with_any_teacher(kind, beta, vocab):
+    p, weights = problem(vocab=vocab).leaves(), weights_for(7)
+    expected = truth(p, kind, beta, 1.3, weights)
+    student, teachers = sources(p)
+    for teacher in teachers:
+        tokens = divergence_of_head(student, teacher, DivergenceSpec(kind, beta, 1.3), weights)
+        assert [name for name in tokens._fields if getattr(tokens, name).requires_grad] == ["divergence"]
+        loss = (tokens.divergence * weights).sum()
+        actual = loss.detach(), tokens.divergence.detach(), torch.autograd.grad(loss, p.student())
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_tokens_of_head_with_any_teacher(vocab):
+    p, factors = problem(vocab=vocab).leaves(), factors_for(7)
+    expected = token_truth(p, factors, "gkd", 0.3, 1.3, 0.8)
+    student, teachers = sources(p)
+    for teacher in teachers:
+        out = tokens_of_head(student, teacher, DivergenceSpec("gkd", 0.3, 1.3), p.labels, 0.8)
+        results = torch.stack((out.log_prob, out.entropy, out.tokens.divergence))
+        gradients = torch.autograd.grad((results * factors).sum(), p.student())
+        assert_same((results.detach(), gradients), expected)
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.5, 1024.0, 1e-6])
+def test_a_loss_that_is_a_multiple_of_the_promised_one(factor):
+    """As a trainer builds it: columns picked by a mask, a mean, a scale."""
+    p, weights = problem().leaves(), torch.tensor([0.5, 0.0, 0.25, 0.25, 0.0, -0.5, 0.5])
+    student, (teacher, _) = sources(p)
+    tokens = divergence_of_head(student, teacher, DivergenceSpec(), weights)
+    loss = factor * (tokens.divergence.double() * weights / 3.0).sum()
+    expected = truth(p, weights=weights * factor / 3.0)[2]
+    assert_gradients(torch.autograd.grad(loss, p.student()), expected, 5 * FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+        [1.0, 0.5, 0.0, 0.25, 1.0, 1.0, 1.001],
+        [1.0, 0.5, 0.01, 0.25, 1.0, 1.0, 1.0],
+        [0.0, 0.5, 0.0, 0.25, 1.0, 1.0, 1.0],
+        [1.0, 0.5, math.nan, 0.25, 1.0, 1.0, 1.0],
+    ],
+)
+def test_a_loss_that_breaks_the_promise_is_refused(used):
+    p, weights = problem().leaves(), torch.tensor([1.0, 0.5, 0.0, 0.25, 1.0, 1.0, 1.0])
+    student, (teacher, _) = sources(p)
+    tokens = divergence_of_head(student, teacher, DivergenceSpec(), weights)
+    loss = (tokens.divergence * torch.tensor(used)).sum()
+    with pytest.raises(RuntimeError, match=r"the loss weighs token \d with .*, and token_weights promised .*: build"):
+        loss.backward()
+    assert p.student_weight.grad is None
+
+
+def test_roundings_of_the_promised_weights_are_allowed():
+    p, weights = problem().leaves(), weights_for(7)
+    student, (teacher, _) = sources(p)
+    tokens = divergence_of_head(student, teacher, DivergenceSpec(), weights)
+    (tokens.divergence * (weights * (1.0 + 5e-5 * torch.linspace(-1.0, 1.0, 7)))).sum().backward()
+    assert_gradients([tensor.grad for tensor in p.student()], truth(p, weights=weights)[2], 1e-4)
+
+
+def test_weights_of_zero_give_gradients_of_zero():
+    p, weights = problem().leaves(), torch.zeros(7)
+    student, (teacher, _) = sources(p)
+    tokens = divergence_of_head(student, teacher, DivergenceSpec(), weights)
+    (tokens.divergence * weights).sum().backward(retain_graph=True)
+    assert all(tensor.grad is not None and not tensor.grad.any() for tensor in p.student())
+    tokens = divergence_of_head(student, teacher, DivergenceSpec(), weights)
+    with pytest.raises(RuntimeError, match="token_weights promised 0"):
+        tokens.divergence.sum().backward()
+
+
+def test_no_tokens_of_a_head():
+    p = problem(n=0).leaves()
+    student, (teacher, _) = sources(p)
+    divergence_of_head(student, teacher, DivergenceSpec(), torch.zeros(0)).divergence.sum().backward()
+    assert all(tensor.grad is not None and not tensor.grad.any() for tensor in p.student())
+
+
+@pytest.mark.parametrize("scale", [math.inf, math.nan])
+def test_an_overflow_of_a_scaled_loss_reaches_the_gradients(scale):
+    """A gradient scaler looks for it there, and skips the step."""
+    p, weights = problem().leaves(), weights_for(7)
+    student, (teacher, _) = sources(p)
+    tokens = divergence_of_head(student, teacher, DivergenceSpec(), weights)
+    (scale * (tokens.divergence * weights).sum()).backward()
+    assert not any(tensor.grad.isfinite().any() for tensor in p.student())
+
+
+def test_second_backward_of_head_divergences_is_refused():
+    p, weights = problem().leaves(), weights_for(7)
+    student, (teacher, _) = sources(p)
+    loss = (divergence_of_head(student, teacher, DivergenceSpec(), weights).divergence * weights).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward through one result.*call divergence_of_head again"):
+        loss.backward()
+
+
+def test_head_divergences_without_gradients_make_no_gradient_products():
+    p = problem().leaves()
+    student, (teacher, _) = sources(p)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tokens = divergence_of_head(student, teacher, DivergenceSpec(), torch.ones(7))
+    assert not tokens.divergence.requires_grad
+    assert counter.get_total_flops() == 2 * 7 * 37 * (6 + 9)
+
+
+def test_errors_of_heads():
+    p = problem()
+    student, (teacher, _) = sources(p)
+    few = LinearLogits(p.teacher_hidden[:5], p.teacher_weight)
+    with pytest.raises(ValueError, match="the head has 7 tokens, the teacher 5: pass the same"):
+        divergence_of_head(student, few, DivergenceSpec(), torch.ones(7))
+    with pytest.raises(ValueError, match="the head has 7 tokens, the teacher 5: pass the same"):
+        tokens_of_head(student, few, DivergenceSpec(), p.labels)
+    with pytest.raises(ValueError, match=r"token_weights has shape \(6,\): pass one value per token, \(7,\)"):
+        divergence_of_head(student, teacher, DivergenceSpec(), torch.ones(6))
+    with pytest.raises(ValueError, match=r"distillation_type='jsd': choose one of "):
+        divergence_of_head(student, teacher, DivergenceSpec("jsd"), torch.ones(7))
+    with pytest.raises(ValueError, match="labels are torch.int32: pass int64 token ids"):
+        tokens_of_head(student, teacher, DivergenceSpec(), p.labels.int())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1193,3 +1552,19 @@ def test_weights_below_the_smallest_normal_number_scale_the_gradient():
         loss = linear_divergence(*tensors, **biases, token_weights=torch.full((7,), weight)).loss
         gradients.append(torch.autograd.grad(loss, tensors[0])[0])
     torch.testing.assert_close(gradients[1] / 1e-41, gradients[0], rtol=1e-3, atol=1e-3)
+
+
+def test_log_probs_of_16_bit_heads_are_those_of_rounded_logits(monkeypatch):
+    """A model's own head rounds its logits, and old log-probs come from there. CUDA's products here are not rounded."""
+    monkeypatch.setattr(head_module, "wide_mm", lambda a, b, out=None: a.float() @ b.float())
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 32, generator=random).bfloat16()
+    weight = torch.randn(50, 32, generator=random).mul(3.0).bfloat16()
+    labels = torch.randint(50, (6,), generator=random)
+    out = linear_token_divergence(hidden, weight, hidden, weight, labels)
+    exact = hidden.float() @ weight.float().T
+    rounded, wide = (
+        logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0] for logits in (exact.bfloat16().float(), exact)
+    )
+    torch.testing.assert_close(out.log_prob, rounded, rtol=1e-5, atol=1e-5)
+    assert (wide - rounded).abs().max() > 1e-2  # or this test could not fail

@@ -1,0 +1,707 @@
+# Copyright 2026 Bytedance Ltd. and/or its affiliates
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Per-token divergences of a linear head over a large vocabulary without its logits: hidden states in, gradients out.
+
+The divergences and their gradients with respect to logits are those of `divergence.py`. With a head's product
+a = h W^T + b and G = dloss/da (n, V), the rest is matrix products:
+
+    dloss/dh = G W        dloss/dW = G^T h        dloss/db = sum_i G_i
+
+Its logits are z = scale * a, or softcap * tanh(scale * a / softcap). A factor of the logits is one of the temperature,
+and costs nothing there; dz/da of a soft cap is scale / cosh(scale * a / softcap)^2.
+
+Two functions share one loop over chunks of tokens. No tensor of (tokens, V) outlives its chunk.
+
+`divergence_of_head` is for a loss sum_i w_i D_i whose weights are known beforehand. G is then known as soon as a
+chunk's logits are, so the forward makes the gradients too: three products with the student's weight, one with the
+teacher's, and the backward multiplies by one number. (Computing gradients in the forward of a fused linear loss: Liger
+Kernel, Hsu et al., arXiv:2410.10989, sec. 3.2.)
+
+`tokens_of_head` is for losses that use the tokens in ways only they know, such as a policy-gradient term: it returns
+per-token results that any loss may be built on. The gradients of the three results are separate until the backward
+says how they mix, so either G is stored for each (three (n, V) tensors, what this module is there to avoid) or the
+logits are projected again in the backward: one more product with each weight, four and two in all. Recomputing is the
+cheaper by far: a product of H multiplications per logit against writing and reading a logit from main memory costs
+time, but for n = 8,192 and V = 151,936 each stored tensor would cost 5 GB in float32.
+
+`linear_divergence` and `linear_token_divergence` are the same with plain tensors as arguments.
+"""
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Iterator, NamedTuple, Optional
+
+import torch
+
+from verl.on_policy_distillation import divergence as divergence_module
+from verl.on_policy_distillation.divergence import (
+    DIVERGENCES,
+    DivergenceSpec,
+    LogitSource,
+    Temperatures,
+    TokenDivergence,
+    cache_blocks,
+    chunks,
+    log_zero_,
+)
+
+__all__ = [
+    "LinearDivergence",
+    "LinearLogits",
+    "PolicyTokens",
+    "divergence_of_head",
+    "implementation",
+    "linear_divergence",
+    "linear_token_divergence",
+    "project",
+    "tokens_of_head",
+]
+
+# How far a loss may be from token_weights, relative to the largest of its weights: rounding, not another loss.
+WEIGHT_TOLERANCE = 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a head and its products
+
+
+@dataclass(frozen=True)
+class LinearLogits:
+    """Logits that are projected when they are read, from the product a = `hidden` (n, H) @ `weight` (V, H).T + `bias`.
+
+    scale: logits are scale * a (Cohere's logit_scale; Granite's logits_scaling divides: pass its inverse).
+    softcap: logits are softcap * tanh(scale * a / softcap) (Gemma 2's final_logit_softcapping); None for no cap.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_factors("", self.scale, self.softcap)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.hidden.shape[0], self.weight.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits: float32, or float64 for float64 weights."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def unit(self) -> float:
+        """Logits are this times `in_units`."""
+        return self.scale if self.softcap is None else self.softcap
+
+    def rows(self, index: torch.Tensor | slice) -> torch.Tensor:
+        logits = self.in_units(index)
+        return logits if self.unit == 1.0 else logits.mul_(self.unit)
+
+    def in_units(
+        self,
+        index: torch.Tensor | slice,
+        out: Optional[torch.Tensor] = None,
+        before_cap: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """Logits in units of `unit`, which the divergence's temperature takes in: without a cap the bare product.
+
+        Written to the first rows of `out` (rows, V), of `dtype`, where it is given: a loop over chunks reuses it. So
+        is, with a cap, what the tanh is taken of, to `before_cap`.
+        """
+        units = project(self.hidden[index], self.weight, self.bias, out)
+        if self.softcap is None:
+            return units
+        for rows in cache_blocks(units):
+            capped = units[rows].mul_(self.scale / self.softcap)
+            if before_cap is not None:
+                before_cap[rows] = capped
+            capped.tanh_()
+        return units
+
+    def uncap_(self, gradient: torch.Tensor, before_cap: torch.Tensor) -> None:
+        """Makes a gradient by `in_units` (rows, V) one by the product. Overwrites `before_cap`."""
+        assert self.softcap is not None
+        for rows in cache_blocks(gradient):
+            # Not 1 - tanh^2, which has no digits left where the cap is reached.
+            slope = before_cap[rows].cosh_().square_().mul_(self.softcap / self.scale)
+            gradient[rows].div_(slope)
+
+    def cut(self, vocab: int) -> "LinearLogits":
+        return replace(self, weight=self.weight[:vocab], bias=None if self.bias is None else self.bias[:vocab])
+
+
+def project(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor] = None,
+    out: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """Logits (n, V) = `hidden` (n, H) @ `weight` (V, H).T + `bias` (V,), multiplied in the weight's dtype.
+
+    Returned in float32, or float64 for float64 weights: 16-bit products keep the sums that the device made in float32
+    where it can return them, and are rounded once where it cannot. `out` as in `LinearLogits.in_units`.
+    """
+    # A training engine calls the loss inside autocast, which would round a float32 teacher's logits to bfloat16.
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = wide_mm(hidden.to(weight.dtype), weight.T, out)
+        return logits if bias is None else logits.add_(bias)
+
+
+def wide_mm(a: torch.Tensor, b: torch.Tensor, out: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """a @ b, at least float32, new memory or `out`. On CUDA 16-bit factors give their float32 sums without rounding."""
+    out = None if out is None else out[: len(a)]
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:  # of the devices, CUDA alone has a product with an output wider than its factors
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b).float() if out is None else out.copy_(torch.mm(a, b))
+
+
+class LinearDivergence(NamedTuple):
+    """`loss`: scalar in nats, differentiable. `divergence` and `metrics`: per token (n,), without gradient."""
+
+    loss: torch.Tensor
+    divergence: torch.Tensor
+    metrics: TokenDivergence
+
+
+class PolicyTokens(NamedTuple):
+    """Per token (n,): of the student, `log_prob` of the label and `entropy`; and the divergence with its statistics.
+
+    `log_prob`, `entropy` and `tokens.divergence` are differentiable.
+    """
+
+    log_prob: torch.Tensor
+    entropy: torch.Tensor
+    tokens: TokenDivergence
+
+
+class _HeadGradients:
+    """Gradients of a linear head, accumulated chunk by chunk in the dtype of its logits; only those in `needs`."""
+
+    def __init__(self, head: LinearLogits, needs: tuple[bool, ...]):
+        self._head, dtype = head, head.dtype
+        self.hidden = torch.empty_like(head.hidden) if needs[0] else None
+        self.weight = torch.zeros_like(head.weight, dtype=dtype) if needs[1] else None
+        self.bias = torch.zeros_like(head.bias, dtype=dtype) if needs[2] else None
+        self.is_any = any(needs)
+
+    def add(self, chunk: slice, gradient: torch.Tensor) -> None:
+        """`gradient` (chunk, V' <= V), in the weight's dtype: with respect to the first V' logits of each token."""
+        vocab = gradient.shape[-1]
+        if self.hidden is not None:
+            self.hidden[chunk] = wide_mm(gradient, self._head.weight[:vocab]).to(self.hidden.dtype)
+        if self.weight is not None:
+            _add_product_(self.weight[:vocab], gradient.T, self._head.hidden[chunk].to(gradient.dtype))
+        if self.bias is not None:
+            self.bias[:vocab] += gradient.sum(0, dtype=self.bias.dtype)
+
+    def scaled(self, factor: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
+        """All times `factor`, in place, in the dtypes of what they are gradients of."""
+        gradients = (self.hidden, self.weight, self.bias)
+        return tuple(
+            None if gradient is None else gradient.mul_(factor).to(tensor.dtype)
+            for gradient, tensor in zip(gradients, (self._head.hidden, self._head.weight, self._head.bias), strict=True)
+        )
+
+
+def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total (V, H) += a (V, rows) @ b (rows, H), summed in the dtype of `total`."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # a 16-bit product on a device without wide ones: by blocks, as its (V, H) result is larger than a chunk
+        for rows in chunks(len(total), total.shape[1], divergence_module.CHUNK_ELEMENTS // 4):
+            total[rows] += torch.mm(a[rows], b)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# chunks of tokens
+
+
+def implementation(student: torch.Tensor, spec: DivergenceSpec) -> ModuleType:
+    """Whose `statistics`, `mixture_sums`, `gradient` and `divergence_rows_` are used for the logits `student`.
+
+    Triton's on the devices that it is compiled for, torch's elsewhere and for a divergence of the user's own.
+    """
+    if student.is_cuda:
+        from verl.on_policy_distillation import divergence_triton
+
+        if divergence_triton.is_compiled(spec):
+            return divergence_triton
+    return divergence_module
+
+
+class _Target(NamedTuple):
+    """What the student is compared with, and how; nothing here has a gradient.
+
+    `teacher` covers the vocabulary that both share.
+    """
+
+    teacher: LogitSource
+    spec: DivergenceSpec
+
+    @classmethod
+    def of(cls, head: LinearLogits, teacher: LogitSource, spec: DivergenceSpec) -> "_Target":
+        if spec.distillation_type not in DIVERGENCES:
+            raise ValueError(f"distillation_type={spec.distillation_type!r}: choose one of {list(DIVERGENCES)}.")
+        if head.shape[0] != teacher.shape[0]:
+            raise ValueError(f"the head has {head.shape[0]} tokens, the teacher {teacher.shape[0]}: pass the same.")
+        return cls(teacher.cut(head.shape[1]), spec)
+
+    @property
+    def vocab(self) -> int:
+        return self.teacher.shape[-1]
+
+    def logits(self, chunk: slice, like: torch.Tensor, out: Optional[torch.Tensor]) -> torch.Tensor:
+        """In the teacher's units."""
+        if isinstance(self.teacher, LinearLogits):
+            return self.teacher.in_units(chunk, out).to(like.dtype)
+        return self.teacher.rows(torch.arange(chunk.start, chunk.stop, device=like.device)).to(like.dtype)
+
+    def rows_(
+        self,
+        head: LinearLogits,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        weights: torch.Tensor,
+        gradient: torch.Tensor,
+    ) -> torch.Tensor:
+        """`divergence_rows_` of both sides in their units; the gradient is by the student's."""
+        teacher_unit = self.teacher.unit if isinstance(self.teacher, LinearLogits) else 1.0
+        temperatures = Temperatures(self.spec.temperature / head.unit, self.spec.temperature / teacher_unit)
+        function = implementation(student, self.spec).divergence_rows_
+        return function(student, teacher, self.spec, temperatures, weights, gradient)
+
+
+class _Chunk(NamedTuple):
+    """A few tokens, and where both sides' logits of them go. The memory is the next chunk's afterwards."""
+
+    tokens: slice
+    student: torch.Tensor
+    teacher: Optional[torch.Tensor]
+    before_cap: Optional[torch.Tensor]
+
+
+def _memory(logits: LogitSource, tokens: int) -> Optional[torch.Tensor]:
+    """For the logits of a chunk; None if they are not projected. To allocate once saves a page fault per 4 KiB."""
+    if not isinstance(logits, LinearLogits):
+        return None
+    return logits.hidden.new_empty((tokens, logits.shape[-1]), dtype=logits.dtype)
+
+
+def _token_chunks(head: LinearLogits, target: _Target, needs_gradients: bool) -> Iterator[_Chunk]:
+    slices = list(chunks(*head.shape, divergence_module.CHUNK_ELEMENTS))
+    longest = slices[0].stop if slices else 0
+    before_cap = _memory(head, longest) if needs_gradients and head.softcap is not None else None
+    memory = _memory(head, longest), _memory(target.teacher, longest), before_cap
+    return (_Chunk(tokens, *memory) for tokens in slices)
+
+
+def _chunk_logits(head: LinearLogits, target: _Target, chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+    """Student's and teacher's logits of a chunk, in their units, in the memory that it brings."""
+    student = head.in_units(chunk.tokens, chunk.student, chunk.before_cap)
+    return student, target.logits(chunk.tokens, student, chunk.teacher)
+
+
+def _exact(head: LinearLogits) -> torch.autocast:
+    """A training engine runs the model inside autocast, which would take float32 sums in 16 bits."""
+    return torch.autocast(head.hidden.device.type, enabled=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# token weights that are known before
+
+
+class _HeadDivergence(torch.autograd.Function):
+    """Per-token results and gradients in one pass; the backward scales the gradients."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, whole, target, token_weights, needs_gradients):
+        head = whole.cut(target.vocab)
+        gradients = _HeadGradients(whole, tuple(needs_gradients and needs for needs in ctx.needs_input_grad[:3]))
+        results = hidden.new_empty((len(TokenDivergence._fields), len(hidden)), dtype=whole.dtype)
+        token_weights = token_weights.to(results.dtype)
+        # At most one in the products, so that the 16-bit gradients of a mean over many tokens do not vanish.
+        largest = torch.linalg.vector_norm(token_weights, torch.inf) if len(hidden) else token_weights.new_ones(())
+        largest = largest.clamp_min(torch.finfo(results.dtype).tiny)
+        for chunk in _token_chunks(head, target, gradients.is_any):
+            weights = token_weights[chunk.tokens] / largest
+            results[:, chunk.tokens] = _one_pass(head, target, chunk, weights, gradients)
+        ctx.gradients, ctx.token_weights, ctx.largest = gradients, token_weights, largest
+        ctx.mark_non_differentiable(*(columns := results.unbind())[1:])
+        return columns
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_divergence, *_):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "divergence_of_head: second backward through one result. The first has scaled its gradients in place "
+                "and handed them over; call divergence_of_head again, or whatever called it (call linear_divergence "
+                "again)."
+            )
+        factor = _common_factor(grad_divergence, ctx.token_weights)
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*gradients.scaled(factor * ctx.largest), *(None,) * 4)
+
+
+def _one_pass(
+    head: LinearLogits, target: _Target, chunk: _Chunk, weights: torch.Tensor, gradients: _HeadGradients
+) -> torch.Tensor:
+    """Results of a chunk's tokens; adds their gradients."""
+    student, teacher = _chunk_logits(head, target, chunk)
+    # Over the logits, where the products with it are in the same dtype, or the cap's slope is still to come.
+    is_over = student.dtype == head.weight.dtype or chunk.before_cap is not None
+    gradient = student if is_over else torch.empty_like(student, dtype=head.weight.dtype)
+    results = target.rows_(head, student, teacher, weights, gradient)
+    if chunk.before_cap is not None:
+        head.uncap_(gradient, chunk.before_cap)
+    gradients.add(chunk.tokens, gradient.to(head.weight.dtype))
+    return results
+
+
+def _common_factor(grad_divergence: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
+    """The number c (scalar) with dloss/dD_i = c * token_weights[i].
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if not len(token_weights):
+        return token_weights.new_zeros(())
+    largest = token_weights.abs().argmax()
+    factor = grad_divergence[largest] / token_weights[largest]
+    factor = torch.where(token_weights[largest] == 0.0, 0.0, factor)
+    expected = factor * token_weights
+    is_close = (grad_divergence - expected).abs() <= WEIGHT_TOLERANCE * expected[largest].abs()
+    # A loss that overflowed, as a scaled one may, has no weights to compare: its gradients tell.
+    if factor.isfinite() and not is_close.all():
+        token = int(is_close.int().argmin())
+        raise RuntimeError(
+            f"divergence_of_head: the loss weighs token {token} with {grad_divergence[token].item():.6g}, and "
+            f"token_weights promised {expected[token].item():.6g} (that of token {int(largest)} as the measure): build "
+            "the loss as a multiple of sum_i token_weights[i] * divergence[i], or use tokens_of_head."
+        )
+    return factor
+
+
+def divergence_of_head(
+    head: LinearLogits,
+    teacher: LogitSource,
+    spec: DivergenceSpec,
+    token_weights: torch.Tensor,
+) -> TokenDivergence:
+    """Divergence and statistics of n tokens, for a loss whose weights of the tokens are known beforehand.
+
+    Args:
+        head: the student's logits (n, V_s); gradients flow to its tensors.
+        teacher: logits (n, V_t); never receives a gradient. Where V_s and V_t differ, both are cut to the shorter.
+        token_weights: (n,), a promise: the loss is, up to a common factor, sum_i token_weights[i] * divergence[i].
+
+    Returns:
+        TokenDivergence, whose `divergence` is differentiable, once. Its backward raises RuntimeError if the loss does
+        not keep the promise.
+
+    Raises:
+        ValueError: an unknown divergence, or numbers of tokens that differ.
+    """
+    target = _Target.of(head, teacher, spec)
+    _require_per_token("token_weights", token_weights, head.shape[0])
+    needs_gradients = torch.is_grad_enabled()  # which a Function's forward cannot see
+    with _exact(head):
+        columns = _HeadDivergence.apply(
+            head.hidden, head.weight, head.bias, head, target, token_weights, needs_gradients
+        )
+    return TokenDivergence(*columns)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# any loss
+
+
+def _tempered_log_softmax(logits: torch.Tensor, temperature: float, out: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits / temperature) in `out`; overwrites `logits` where the temperature is not one."""
+    if temperature != 1.0:
+        # The maximum goes first: a common offset must not cost the quotient its digits.
+        logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
+    return torch.log_softmax(logits, dim=-1, out=out)
+
+
+class _Policy(NamedTuple):
+    """The student's tempered distribution over its whole vocabulary: log_p (rows, V), and what RL reads of it (rows,).
+
+    With p = softmax(z / tau), d log p_a / dz_v = (1[v = a] - p_v) / tau, and for the entropy H = -sum_v p_v log p_v
+    dH / dz_v = -p_v (log p_v + H) / tau.
+    """
+
+    log_p: torch.Tensor
+    log_prob: torch.Tensor
+    entropy: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, labels: torch.Tensor, temperature: float, dtype: torch.dtype) -> "_Policy":
+        """`dtype`: of the weight. A model's own head rounds its logits to it, and old and reference log-probs come from
+
+        there: ratios would not be one at the first update if these logits kept the digits that a wide product has.
+        """
+        logits = logits.to(dtype).to(logits.dtype, copy=True)
+        log_p = log_zero_(_tempered_log_softmax(logits, temperature, out=torch.empty_like(logits)))
+        entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
+        return cls(log_p, log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropy)
+
+    def gradient(self, labels, temperature, grad_log_prob, grad_entropy) -> torch.Tensor:
+        """With respect to the logits, (rows, V)."""
+        p = self.log_p.exp()
+        slope = (self.log_p + self.entropy.unsqueeze(-1)).mul_(grad_entropy.unsqueeze(-1))
+        gradient = slope.add_(grad_log_prob.unsqueeze(-1)).mul_(p).neg_()
+        return gradient.scatter_add_(-1, labels.unsqueeze(-1), grad_log_prob.unsqueeze(-1)).div_(temperature)
+
+
+class _HeadTokens(torch.autograd.Function):
+    """Per-token results; the backward projects again, see the module docstring."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, head, target, labels, log_prob_temperature):
+        results = hidden.new_empty((2 + len(TokenDivergence._fields), len(hidden)), dtype=head.dtype)
+        for chunk in _token_chunks(head, target, needs_gradients=False):
+            tokens = chunk.tokens
+            results[:, tokens] = _token_results(head, target, chunk, labels[tokens], log_prob_temperature)
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.scale, ctx.softcap = head.scale, head.softcap
+        ctx.target, ctx.log_prob_temperature = target, log_prob_temperature
+        ctx.mark_non_differentiable(*(columns := results.unbind())[3:])
+        return columns
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_log_prob, grad_entropy, grad_divergence, *_):
+        *tensors, labels = ctx.saved_tensors
+        head, temperature = LinearLogits(*tensors, ctx.scale, ctx.softcap), ctx.log_prob_temperature
+        gradients = _HeadGradients(head, ctx.needs_input_grad[:3])
+        upstream = torch.stack((grad_log_prob, grad_entropy, grad_divergence))
+        with _exact(head):
+            for chunk in _token_chunks(head, ctx.target, needs_gradients=True):
+                tokens = chunk.tokens
+                gradients.add(
+                    tokens, _token_gradient(head, ctx.target, chunk, labels[tokens], temperature, upstream[:, tokens])
+                )
+        return (*gradients.scaled(grad_log_prob.new_ones(())), *(None,) * 4)
+
+
+def _token_results(
+    head: LinearLogits, target: _Target, chunk: _Chunk, labels: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """log_prob, entropy and the fields of TokenDivergence, (8, chunk)."""
+    student, teacher = _chunk_logits(head, target, chunk)
+    results = student.new_empty((2 + len(TokenDivergence._fields), len(student)))
+    for rows in cache_blocks(student):
+        policy = _Policy.of(student[rows], labels[rows], temperature / head.unit, head.weight.dtype)
+        results[:2, rows] = torch.stack((policy.log_prob, policy.entropy))
+        del policy
+        shared = student[rows, : target.vocab]
+        results[2:, rows] = target.rows_(head, shared, teacher[rows], shared.new_ones(len(shared)), shared)
+    return results
+
+
+def _token_gradient(
+    head: LinearLogits,
+    target: _Target,
+    chunk: _Chunk,
+    labels: torch.Tensor,
+    temperature: float,
+    upstream: torch.Tensor,
+) -> torch.Tensor:
+    """With respect to the product (chunk, V), in the weight's dtype; `upstream` (3, chunk) of log_prob, entropy, D."""
+    student, teacher = _chunk_logits(head, target, chunk)
+    for rows in cache_blocks(student):
+        grad_log_prob, grad_entropy, grad_divergence = upstream[:, rows]
+        policy = _Policy.of(student[rows], labels[rows], temperature / head.unit, head.weight.dtype)
+        gradient = policy.gradient(labels[rows], temperature / head.unit, grad_log_prob, grad_entropy)
+        del policy
+        shared = student[rows, : target.vocab]
+        target.rows_(head, shared, teacher[rows], grad_divergence, shared)
+        gradient[:, : target.vocab] += shared
+        student[rows] = gradient
+    if chunk.before_cap is not None:
+        head.uncap_(student, chunk.before_cap)
+    return student.to(head.weight.dtype)
+
+
+def tokens_of_head(
+    head: LinearLogits,
+    teacher: LogitSource,
+    spec: DivergenceSpec,
+    labels: torch.Tensor,
+    log_prob_temperature: float = 1.0,
+) -> PolicyTokens:
+    """Per token: the student's log-probability of a label, its entropy, and the divergence; all differentiable.
+
+    Args:
+        head, teacher: as in `divergence_of_head`; both are read again in the backward, and must not change before it.
+        labels: (n,) int64, below V_s.
+        log_prob_temperature: divides the student's logits for `log_prob` and `entropy`, which are taken over its
+            whole vocabulary; the temperature in `spec` is that of the divergence.
+
+    Raises:
+        ValueError: an unknown divergence, numbers of tokens that differ, or labels that are not int64.
+    """
+    target = _Target.of(head, teacher, spec)
+    _require_per_token("labels", labels, head.shape[0])
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}: pass int64 token ids.")
+    with _exact(head):
+        log_prob, entropy, *columns = _HeadTokens.apply(
+            head.hidden, head.weight, head.bias, head, target, labels, log_prob_temperature
+        )
+    return PolicyTokens(log_prob, entropy, TokenDivergence(*columns))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the same with plain tensors
+
+
+def linear_divergence(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    *,
+    distillation_type: str = "reverse_kl",
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    token_weights: Optional[torch.Tensor] = None,
+    student_bias: Optional[torch.Tensor] = None,
+    teacher_bias: Optional[torch.Tensor] = None,
+    student_scale: float = 1.0,
+    student_softcap: Optional[float] = None,
+    teacher_scale: float = 1.0,
+    teacher_softcap: Optional[float] = None,
+) -> LinearDivergence:
+    """sum_i token_weights[i] * D_i of two linear heads, with its gradient, in one pass and without their logits.
+
+    Args:
+        student_hidden: (n, H_s); student_weight: (V_s, H_s); student_bias: (V_s,) or None. Gradients flow to these.
+        teacher_hidden: (n, H_t); teacher_weight: (V_t, H_t); teacher_bias: (V_t,) or None. Never receive one.
+            Any float dtypes; products are made in the dtype of each weight, everything else in float32 (in float64
+            for float64 weights). Where V_s and V_t differ, both are cut to the shorter: paddings of one tokenizer.
+        distillation_type, beta, temperature: see `DivergenceSpec` in `divergence.py`.
+        token_weights: (n,) factors of the tokens' divergences, constants; None takes the mean over tokens.
+        student_scale, student_softcap, teacher_scale, teacher_softcap: see `LinearLogits`.
+
+    Returns:
+        LinearDivergence: `loss` (scalar, nats; 0 for n = 0), per-token `divergence`, and its statistics as `metrics`.
+        The backward runs once: it hands over gradients that the forward has made. Logits of -inf (from a bias) are
+        probabilities of zero; how they enter is said in `divergence.py`.
+
+    Raises:
+        ValueError: an unknown divergence, or shapes that do not belong together.
+    """
+    spec = DivergenceSpec(distillation_type, beta, temperature)
+    head = _head("student", student_hidden, student_weight, student_bias, student_scale, student_softcap, spec)
+    teacher = _head("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, spec)
+    _require_together(head, teacher)
+    num_tokens = len(student_hidden)
+    if token_weights is None:
+        token_weights = student_hidden.new_full((num_tokens,), 1.0 / max(num_tokens, 1), dtype=head.dtype)
+    tokens = divergence_of_head(head, teacher, spec, token_weights)
+    with _exact(head):
+        loss = torch.dot(token_weights.detach().to(head.dtype), tokens.divergence)
+    tokens = tokens._replace(divergence=tokens.divergence.detach())
+    return LinearDivergence(loss, tokens.divergence, tokens)
+
+
+def linear_token_divergence(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    distillation_type: str = "reverse_kl",
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    log_prob_temperature: float = 1.0,
+    student_bias: Optional[torch.Tensor] = None,
+    teacher_bias: Optional[torch.Tensor] = None,
+    student_scale: float = 1.0,
+    student_softcap: Optional[float] = None,
+    teacher_scale: float = 1.0,
+    teacher_softcap: Optional[float] = None,
+) -> PolicyTokens:
+    """Per token: the student's log-probability of a label, its entropy, and the divergence; all differentiable.
+
+    Args:
+        labels: (n,) int64, below V_s.
+        teacher_hidden, teacher_weight, teacher_bias: are read again in the backward, and must not change before it.
+        log_prob_temperature: divides the student's logits for `log_prob` and `entropy`, which are taken over its
+            whole vocabulary; `temperature` is that of the divergence.
+        Everything else as in `linear_divergence`.
+
+    Returns:
+        PolicyTokens, each entry (n,), in nats.
+
+    Raises:
+        ValueError: as in `linear_divergence`.
+    """
+    spec = DivergenceSpec(distillation_type, beta, temperature)
+    head = _head("student", student_hidden, student_weight, student_bias, student_scale, student_softcap, spec)
+    teacher = _head("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, spec)
+    _require_together(head, teacher)
+    return tokens_of_head(head, teacher, spec, labels, log_prob_temperature)
+
+
+def _head(name: str, hidden, weight, bias, scale, softcap, spec: DivergenceSpec) -> LinearLogits:
+    """The arguments that begin with `name`, checked; those of the teacher detached."""
+    if spec.distillation_type not in DIVERGENCES:
+        raise ValueError(f"distillation_type={spec.distillation_type!r}: choose one of {list(DIVERGENCES)}.")
+    if not 0.0 <= spec.beta <= 1.0 or not 0.0 < spec.temperature < float("inf"):
+        raise ValueError(f"beta={spec.beta}, temperature={spec.temperature}: pass beta in [0, 1], temperature > 0.")
+    _require_factors(f"{name}_", scale, softcap)
+    shapes = tuple(hidden.shape), tuple(weight.shape), None if bias is None else tuple(bias.shape)
+    fits = len(shapes[0]) == len(shapes[1]) == 2 and shapes[0][1] == shapes[1][1] and shapes[2] in (None, shapes[1][:1])
+    if not fits or not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(
+            f"{name}_hidden {shapes[0]} {hidden.dtype}, {name}_weight {shapes[1]} {weight.dtype}, {name}_bias "
+            f"{shapes[2]}: pass floating-point (n, H), (V, H) and (V,) or None."
+        )
+    if name == "teacher":
+        hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in (hidden, weight, bias))
+    return LinearLogits(hidden, weight, bias, scale, softcap)
+
+
+def _require_factors(prefix: str, scale: float, softcap: Optional[float]) -> None:
+    for name, factor in (("scale", scale), ("softcap", 1.0 if softcap is None else softcap)):
+        if not 0.0 < factor < float("inf"):
+            raise ValueError(f"{prefix}{name}={factor}: pass a positive number{' or None' * (name == 'softcap')}.")
+
+
+def _require_together(student: LinearLogits, teacher: LinearLogits) -> None:
+    if len(student.hidden) != len(teacher.hidden):
+        raise ValueError(
+            f"student_hidden has {len(student.hidden)} tokens, teacher_hidden {len(teacher.hidden)}: pass the same."
+        )
+    heads = (("student", student), ("teacher", teacher))
+    devices = {f"{name}_{part}": getattr(head, part).device for name, head in heads for part in ("hidden", "weight")}
+    if len(set(devices.values())) > 1:
+        placed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{placed}: move all to one device.")
+
+
+def _require_per_token(name: str, values: torch.Tensor, num_tokens: int) -> None:
+    if values.shape != (num_tokens,):
+        raise ValueError(f"{name} has shape {tuple(values.shape)}: pass one value per token, ({num_tokens},).")
