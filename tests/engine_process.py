@@ -13,7 +13,7 @@
 # limitations under the License.
 """Runs VERL's own actor and teacher workers over one fixed batch, without Ray, and saves loss, metrics and gradients.
 
-Started by test_distillation_engine.py, one process per FSDP rank: ``python engine_process.py SPEC.pt OUT.pt`` with
+Started by test_engine.py, one process per FSDP rank: ``python engine_process.py SPEC.pt OUT.pt`` with
 RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set. SPEC holds "cases" (a name each, with Hydra overrides), the paths of
 the checkpoints, and the batch as lists of token ids.
 """
@@ -22,16 +22,20 @@ import os
 import sys
 
 import torch
+from dense_oracle import FLAGS, DenseOracle
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from tensordict import TensorDict
 from torch.distributed.tensor import DTensor
 
-from verl.trainer.ppo.v1.distillation_hooks import DistillationTrainerHooks
+from verl.on_policy_distillation import hydra_source
+from verl.on_policy_distillation.engine_fsdp import ENDS_IN_COLUMNS, TEACHER_ROW
+from verl.on_policy_distillation.worker import with_teachers
 from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker
-from verl.workers.teacher_worker import TeacherWorker
 
+DENSE = "dense"  # among a case's overrides: the losses on whole logits, instead of the student's head
 MACHINE = (
     "trainer.device=cpu",
     "trainer.n_gpus_per_node=1",
@@ -52,6 +56,7 @@ MACHINE = (
 
 
 def compose_config(overrides):
+    hydra_source.install()
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", overrides=[*MACHINE, *overrides])
     OmegaConf.resolve(config)
@@ -75,6 +80,7 @@ def local_batch(batch, rank, world_size):
         "loss_mask": nested([row["mask"] for row in rows]),
         "old_log_probs": nested([row["old_log_prob"] for row in rows], torch.float32),
         "advantages": nested([row["advantage"] for row in rows], torch.float32),
+        "ref_log_prob": nested([row["ref_log_prob"] for row in rows], torch.float32),
     }
     return TensorDict(fields, batch_size=len(rows))
 
@@ -88,21 +94,42 @@ def full_gradients(module):
     return gradients
 
 
-def run_case(overrides, batch, rank, world_size):
-    config = compose_config(overrides)
-    torch.manual_seed(0)  # adapters start at random
-    actor = ActorRolloutRefWorker(
-        config=config.actor_rollout_ref, role="actor", distillation_config=None, teacher_config=config.teacher
-    )
+def make_actor(config, is_dense):
+    """The actor's worker for the configured loss, with teachers if that needs them, and the flags of its update."""
+    calculate_entropy = {"calculate_entropy": config.actor_rollout_ref.actor.entropy_coeff != 0}
+    if is_dense or config.actor_rollout_ref.actor.policy_loss.loss_mode == "vanilla":
+        actor = ActorRolloutRefWorker(config=config.actor_rollout_ref, role="actor")
+        actor.init_model()
+        if not is_dense:
+            return actor, actor.loss_fn, calculate_entropy
+        actor_config = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+        return actor, DenseOracle(actor_config, config.teacher.model.path), calculate_entropy | FLAGS
+    with open_dict(config.actor_rollout_ref):
+        config.actor_rollout_ref.teacher = config.teacher
+    actor = with_teachers(ActorRolloutRefWorker)(config=config.actor_rollout_ref, role="actor")
     actor.init_model()
+    return actor, actor.actor.loss_fn, calculate_entropy | {ENDS_IN_COLUMNS: True}
+
+
+def payload_of(actor, rows):
+    """(dtype, width, bytes) of what the teacher said of the samples `rows`."""
+    signal = actor.teachers.signal(TensorDict({TEACHER_ROW: rows}, batch_size=len(rows)), torch.device("cpu"))
+    return signal.values.dtype, signal.values.shape[-1], signal.values.nbytes
+
+
+def run_case(overrides, batch, rank, world_size):
+    is_dense = DENSE in overrides
+    config = compose_config([override for override in overrides if override != DENSE])
+    torch.manual_seed(0)  # adapters start at random
+    actor, loss_function, flags = make_actor(config, is_dense)
     data = local_batch(batch, rank, world_size)
+    if not config.actor_rollout_ref.actor.use_kl_loss:
+        del data["ref_log_prob"]
     payload = None
-    hooks = DistillationTrainerHooks(config)
-    if hooks.enabled:
-        teacher = TeacherWorker(config=config.teacher)
-        teacher.init_model()
-        payload = teacher.score(data.clone())["teacher_payload"]
-        data["teacher_payload"] = payload
+    if hasattr(actor, "teachers"):
+        scored = actor.score(data.clone())
+        data[TEACHER_ROW] = scored[TEACHER_ROW]
+        payload = (*payload_of(actor, scored[TEACHER_ROW]), int(scored["teacher_bytes"].sum()))
     tu.assign_non_tensor(
         data,
         temperature=config.actor_rollout_ref.rollout.temperature,
@@ -112,12 +139,17 @@ def run_case(overrides, batch, rank, world_size):
         max_token_len_per_gpu=config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu,
         use_remove_padding=config.actor_rollout_ref.model.use_remove_padding,
         use_fused_kernels=False,
-        **({"calculate_entropy": config.actor_rollout_ref.actor.entropy_coeff != 0} | hooks.update_flags(step=1)),
+        **flags,
     )
     engine = actor.actor.engine
+    forward_only = None
+    if payload is not None:
+        with engine.eval_mode():
+            output = engine.infer_batch(data.clone(), loss_function=loss_function)
+        forward_only = {"loss": sum(output["loss"]), "columns": sorted(output["model_output"])}
     with engine.train_mode(zero_grad_on_exit=False):
         engine.optimizer_zero_grad()
-        output = engine.forward_backward_batch(data, actor.loss_fn)
+        output = engine.forward_backward_batch(data, loss_function)
         gradients = full_gradients(engine.module)
     result = actor.actor._postprocess_output(
         output | {"model_output": {}}, global_token_num=None, delta_time=1.0, forward_only=False, images_seqlens=None
@@ -128,8 +160,13 @@ def run_case(overrides, batch, rank, world_size):
         for name, value in tu.get(result, "metrics").items()
         if isinstance(value, list)
     }
-    width = None if payload is None else (payload.dtype, payload.values().shape[-1])
-    return {"loss": tu.get(result, "metrics")["loss"], "metrics": metrics, "gradients": gradients, "payload": width}
+    return {
+        "loss": tu.get(result, "metrics")["loss"],
+        "metrics": metrics,
+        "gradients": gradients,
+        "payload": payload,
+        "forward_only": forward_only,
+    }
 
 
 def main(spec_path, out_path):

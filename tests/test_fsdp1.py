@@ -23,14 +23,16 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from test_distillation_engine import free_port
+from test_engine import free_port
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from verl.utils.divergence import DivergenceSpec, LinearLogits
-from verl.workers.utils.distillation_head import DistillationHead, DivergenceTask, HeadTask, PolicyTask
+from verl.on_policy_distillation.divergence import DivergenceSpec
+from verl.on_policy_distillation.engine_fsdp import end_at_output_layer, output_layer_logits
+from verl.on_policy_distillation.head import LinearLogits, divergence_of_head, tokens_of_head
+from verl.on_policy_distillation.output_projection import LogitTransform
 
 VOCAB, LENGTH, TOKENS = 97, 12, 6
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -39,52 +41,62 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 def student() -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **SIZES))
-    DistillationHead.convert(model.get_output_embeddings())
+    end_at_output_layer(model)
     return model
 
 
-def make_task(kind: str, rank: int) -> HeadTask:
+def output_function(kind: str, rank: int):
+    """What the engine asks of the head, for TOKENS tokens in the middle of the sequence of `rank`."""
     random = torch.Generator().manual_seed(1 + rank)
     weight = torch.randn(VOCAB, 16, generator=torch.Generator().manual_seed(0))
-    common = {
-        "rows": torch.arange(3, 3 + TOKENS),
-        "teacher": LinearLogits(torch.randn(TOKENS, 16, generator=random), weight),
-        "spec": DivergenceSpec(),
-        "dumped": torch.arange(0),
-    }
-    if kind == "pure":
-        return DivergenceTask(token_weights=torch.rand(TOKENS, generator=random), **common)
+    teacher = LinearLogits(torch.randn(TOKENS, 16, generator=random), weight)
+    token_weights = torch.rand(TOKENS, generator=random)
     labels = torch.randint(VOCAB, (TOKENS,), generator=random)
-    return PolicyTask(packed_rows=common["rows"], labels=labels, temperature=0.7, calculate_entropy=True, **common)
+
+    def columns(hidden: torch.Tensor, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+        head = output_layer_logits(hidden[3 : 3 + TOKENS], layer, LogitTransform())
+        if kind == "pure":
+            tokens = divergence_of_head(head, teacher, DivergenceSpec(), token_weights)
+            return {"weighted": token_weights * tokens.divergence}
+        policy = tokens_of_head(head, teacher, DivergenceSpec(), labels, 0.7)
+        return {"log_prob": policy.log_prob, "entropy": policy.entropy, "divergence": policy.tokens.divergence}
+
+    return columns
 
 
-def sum_of_outputs(model: torch.nn.Module, head: DistillationHead, kind: str, rank: int) -> torch.Tensor:
-    """Of everything that the head's task gives a gradient to, for the sequence of `rank`."""
-    head.task = make_task(kind, rank)
+def sum_of_outputs(model: torch.nn.Module, kind: str, rank: int) -> torch.Tensor:
+    """Of everything that the head's columns give a gradient to, for the sequence of `rank`."""
     sequence = torch.randint(VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(rank))
-    return model(sequence).logits.sum()
+    columns = model(sequence, output_function=output_function(kind, rank))
+    return sum(column.sum() for column in columns.values())
 
 
-def wrapped(model: torch.nn.Module, use_orig_params: bool) -> FullyShardedDataParallel:
-    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
+POLICIES = {  # VERL's two: by the layers' class, or by size, which gives the output layer a unit of its own
+    "layers": functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer}),
+    "size": functools.partial(size_based_auto_wrap_policy, min_num_params=3000),
+}
+
+
+def wrapped(model: torch.nn.Module, use_orig_params: bool, policy_name: str) -> FullyShardedDataParallel:
+    policy = POLICIES[policy_name]
     return FullyShardedDataParallel(
         model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=use_orig_params
     )
 
 
-def train_one_step(rank: int, world_size: int, port: int, kind: str, use_orig_params: bool) -> None:
+def train_one_step(rank: int, world_size: int, port: int, kind: str, use_orig_params: bool, policy: str) -> None:
     """In each process: a step of FSDP1 moves every parameter as a step of the plain model over all sequences does."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     plain, model = student(), student()
     before = [parameter.detach().clone() for parameter in plain.parameters()]
-    head = model.get_output_embeddings()
-    sharded = wrapped(model, use_orig_params)
+    sharded = wrapped(model, use_orig_params, policy)
+    assert isinstance(model.lm_head, FullyShardedDataParallel) == (policy == "size")
     optimizers = [torch.optim.SGD(module.parameters(), lr=1.0) for module in (plain, sharded)]
     for other in range(world_size):
-        (sum_of_outputs(plain, plain.get_output_embeddings(), kind, other) / world_size).backward()
-    sum_of_outputs(sharded, head, kind, rank).backward()
+        (sum_of_outputs(plain, kind, other) / world_size).backward()
+    sum_of_outputs(sharded, kind, rank).backward()
     for optimizer in optimizers:
         optimizer.step()
     with FullyShardedDataParallel.summon_full_params(sharded):
@@ -96,5 +108,6 @@ def train_one_step(rank: int, world_size: int, port: int, kind: str, use_orig_pa
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.parametrize("kind", ["pure", "hybrid"])
-def test_a_step_is_that_of_the_plain_model(kind, use_orig_params):
-    torch.multiprocessing.spawn(train_one_step, args=(2, free_port(), kind, use_orig_params), nprocs=2)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_step_is_that_of_the_plain_model(policy, kind, use_orig_params):
+    torch.multiprocessing.spawn(train_one_step, args=(2, free_port(), kind, use_orig_params, policy), nprocs=2)

@@ -18,7 +18,6 @@ the RL term VERL's own losses. Run with pytest, or in a patched checkout of VERL
 `python PATH/tests/test_on_policy_distillation.py`, which without pytest runs a part, in less than a minute.
 """
 
-import dataclasses
 import math
 import os
 import sys
@@ -37,27 +36,26 @@ from omegaconf import OmegaConf
 from torch.distributions import Categorical, kl_divergence
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from verl.on_policy_distillation.config import RL_TERM, DistillationPolicyLossConfig, _warn_of_default_beta
+from verl.on_policy_distillation.divergence import DenseLogits, DivergenceSpec, token_divergence
+from verl.on_policy_distillation.head import LinearLogits
+from verl.on_policy_distillation.losses import aggregate, distillation_metrics, token_weights
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
 from verl.trainer.ppo.on_policy_distillation import (
     HYBRID,
     PURE,
     DistillationLossConfig,
-    HeadDivergence,
-    StudentLogits,
-    TeacherLogits,
     compute_hybrid_rl_distillation_loss,
     compute_on_policy_distillation_loss,
     is_distillation_loss,
-    token_weights,
 )
-from verl.utils.divergence import DenseLogits, DivergenceSpec, LinearLogits, token_divergence
 from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
 
 BATCH, TOKENS, VOCAB = 5, 7, 13
 LENGTHS = [7, 4, 1, 0, 5]  # response tokens per sequence; one sequence has none
 LOSSES = [compute_on_policy_distillation_loss, compute_hybrid_rl_distillation_loss]
 AGG_MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
-RL_MODES = [name for name in POLICY_LOSS_REGISTRY if not is_distillation_loss(name)]
+RL_MODES = [name for name in POLICY_LOSS_REGISTRY if name not in (PURE, HYBRID, RL_TERM)]
 DISTILLATION_METRICS = {
     "distillation/loss",
     "distillation/kl",
@@ -117,14 +115,6 @@ def hybrid(config=None, mask=None, **options):
 def rl_loss(mode: str = "vanilla", config: ActorConfig | None = None, **options):
     inputs = rl_inputs() | {"response_mask": response_mask()} | options
     return get_policy_loss_fn(mode)(config=config or actor_config(), **inputs)
-
-
-def policy_loss_config(**settings) -> PolicyLossConfig:
-    names = {field.name for field in dataclasses.fields(PolicyLossConfig)}
-    missing = {field.name for field in dataclasses.fields(DistillationLossConfig)} - names
-    if missing:
-        pytest.fail(f"VERL's PolicyLossConfig lacks {sorted(missing)}: this VERL is not patched; see apply_patch.sh.")
-    return PolicyLossConfig(**settings)
 
 
 def actor_config(policy_loss: PolicyLossConfig | None = None, **settings) -> ActorConfig:
@@ -332,7 +322,9 @@ DIVERGENCES = [
 
 
 def settings_of(kind: str, beta: float, temperature: float = 1.0) -> dict:
-    return {"distillation_type": kind, "distillation_beta": beta, "distillation_temperature": temperature}
+    mixes = kind in ("gkd", "skew_reverse_kl")  # to the others a beta is a contradiction
+    beta_of_mixture = {"distillation_beta": beta} if mixes else {}
+    return {"distillation_type": kind, "distillation_temperature": temperature} | beta_of_mixture
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -590,12 +582,12 @@ def dict_config_nested(settings):
 
 
 def actor_config_instance(settings):
-    return actor_config(policy_loss_config(loss_mode=PURE, **settings))
+    return actor_config(DistillationPolicyLossConfig(loss_mode=PURE, **settings))
 
 
 def fsdp_actor_config_instance(settings):
     required = {"strategy": "fsdp2", "rollout_n": 1, "ppo_micro_batch_size_per_gpu": 1}
-    return FSDPActorConfig(**required, policy_loss=policy_loss_config(loss_mode=PURE, **settings))
+    return FSDPActorConfig(**required, policy_loss=DistillationPolicyLossConfig(loss_mode=PURE, **settings))
 
 
 CONFIG_FORMS = [
@@ -614,7 +606,6 @@ EVERY_SETTING = {
     "hybrid_lambda_rl": 0.5,
     "hybrid_lambda_distill": 3.0,
     "hybrid_rl_loss_mode": "cispo",
-    "distillation_head": "dense",
 }
 
 
@@ -628,48 +619,84 @@ def test_every_form_of_config_gives_the_same_losses(form):
     assert hybrid(config)[0].item() == near(expected_hybrid)
 
 
+def settings_in(config):
+    settings = DistillationLossConfig.from_config(config)
+    return {name: getattr(settings, name) for name in EVERY_SETTING}
+
+
 @pytest.mark.parametrize("form", CONFIG_FORMS)
 def test_every_form_of_config_is_read_whole(form):
-    assert dataclasses.asdict(DistillationLossConfig.from_config(form(EVERY_SETTING))) == EVERY_SETTING
+    assert settings_in(form(EVERY_SETTING)) == EVERY_SETTING
 
 
 DEFAULTS = {
-    "distillation_type": "reverse_kl",
-    "distillation_beta": 1.0,
+    "distillation_type": None,  # reverse_kl, see test_the_divergence_that_type_and_beta_choose
+    "distillation_beta": None,
     "distillation_temperature": 1.0,
     "hybrid_lambda_rl": 1.0,
     "hybrid_lambda_distill": 1.0,
     "hybrid_rl_loss_mode": "vanilla",
-    "distillation_head": "fused",
 }
 
 
 @pytest.mark.parametrize("config", [None, {}, OmegaConf.create({}), {"policy_loss": PURE}, {"policy_loss": {}}])
 def test_defaults(config):
-    assert dataclasses.asdict(DistillationLossConfig.from_config(config)) == DEFAULTS
+    assert settings_in(config) == DEFAULTS
     assert torch.equal(pure(config)[0], pure()[0])
 
 
 @pytest.mark.parametrize("form", [actor_config_instance, fsdp_actor_config_instance])
 def test_defaults_of_the_patched_verl(form):
-    assert dataclasses.asdict(DistillationLossConfig.from_config(form({}))) == DEFAULTS
+    assert settings_in(form({})) == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "beta"),
+    [
+        ({}, "reverse_kl", 1.0),
+        ({"distillation_beta": 1.0}, "reverse_kl", 1.0),
+        ({"distillation_beta": 0.0}, "forward_kl", 0.0),
+        ({"distillation_beta": 0}, "forward_kl", 0.0),
+        ({"distillation_beta": 0.3}, "gkd", 0.3),
+        ({"distillation_type": "forward_kl"}, "forward_kl", 0.0),
+        ({"distillation_type": "forward_kl", "distillation_beta": 0.0}, "forward_kl", 0.0),
+        ({"distillation_type": "reverse_kl", "distillation_beta": 1.0}, "reverse_kl", 1.0),
+        ({"distillation_type": "gkd"}, "reverse_kl", 1.0),
+        ({"distillation_type": "gkd", "distillation_beta": 0.3}, "gkd", 0.3),
+        ({"distillation_type": "gkd", "distillation_beta": 0.0}, "forward_kl", 0.0),
+    ],
+)
+def test_the_divergence_that_type_and_beta_choose(settings, kind, beta):
+    """As the user's guide says: ``distillation_type="forward_kl"`` or ``distillation_beta=0.0``."""
+    student, teacher = both_sides()
+    expected = response_mean(true_divergence(student, teacher, kind, beta, 1.0)).item()
+    assert pure(settings)[0].item() == near(expected)
+
+
+def test_a_mixture_without_a_beta_says_once_that_it_is_reverse_kl(caplog):
+    _warn_of_default_beta.cache_clear()
+    for _ in range(3):
+        pure({"distillation_type": "gkd"})
+    assert [record.message for record in caplog.records if "distillation_beta" in record.message] == [
+        "distillation_type=gkd without distillation_beta: the documented default 1.0 is used, which is reverse KL. "
+        "Set distillation_beta between 0 and 1 to mix."
+    ]
 
 
 def test_keys_of_other_owners_are_left_alone():
     config = {"clip_ratio": 0.3, "learning_rate": 1e-5, "policy_loss": {"loss_mode": PURE, "dro_beta": 0.1, "new": 1}}
-    assert dataclasses.asdict(DistillationLossConfig.from_config(config)) == DEFAULTS
+    assert settings_in(config) == DEFAULTS
 
 
 def hydra_actor(settings):
     """What Hydra holds before VERL turns it into its dataclasses."""
-    policy_loss_config()
     return OmegaConf.create(
         {
             "_target_": "verl.workers.config.FSDPActorConfig",
             "strategy": "fsdp2",
             "rollout_n": 1,
             "ppo_micro_batch_size_per_gpu": 1,
-            "policy_loss": {"_target_": "verl.workers.config.PolicyLossConfig"},
+            "policy_loss": {"_target_": "verl.on_policy_distillation.config.DistillationPolicyLossConfig"},
         }
         | settings
     )
@@ -697,14 +724,12 @@ def test_keys_of_the_rl_loss_reach_it(form):
 # (what is wrong, words that the message must have: the key, the value, the fix)
 BAD_SETTINGS = [
     ({"distillation_type": "kl"}, ["distillation_type", "'kl'", "reverse_kl", "forward_kl", "gkd", "skew_reverse_kl"]),
-    ({"distillation_type": None}, ["distillation_type", "None", "reverse_kl"]),
     ({"distillation_type": ["gkd"]}, ["distillation_type", "['gkd']", "reverse_kl"]),
     ({"distillation_type": 1}, ["distillation_type", "1", "reverse_kl"]),
     ({"distillation_beta": -0.1}, ["distillation_beta", "-0.1", "[0, 1]"]),
     ({"distillation_beta": 1.5}, ["distillation_beta", "1.5", "[0, 1]"]),
     ({"distillation_beta": math.nan}, ["distillation_beta", "nan", "finite"]),
     ({"distillation_beta": "0.5"}, ["distillation_beta", "'0.5'", "float"]),
-    ({"distillation_beta": None}, ["distillation_beta", "None", "float"]),
     ({"distillation_beta": True}, ["distillation_beta", "True", "float"]),
     ({"distillation_temperature": 0.0}, ["distillation_temperature", "0.0", "positive", "1.0"]),
     ({"distillation_temperature": -1}, ["distillation_temperature", "-1", "positive", "1.0"]),
@@ -725,9 +750,16 @@ BAD_SETTINGS = [
     ({"distillation_temprature": 2.0}, ["distillation_temprature", "2.0", "distillation_temperature"]),
     ({"distillation-beta": 0.5}, ["distillation-beta", "0.5", "distillation_beta"]),
     ({"hybrid_lambda_distil": 0.5}, ["hybrid_lambda_distil", "0.5", "hybrid_lambda_distill"]),
-    ({"distillation_head": "sparse"}, ["distillation_head", "'sparse'", "fused", "dense"]),
-    ({"distillation_head": None}, ["distillation_head", "None", "fused"]),
-    ({"distillation_heads": "dense"}, ["distillation_heads", "'dense'", "distillation_head"]),
+    ({"distillation_head": "dense"}, ["distillation_head", "'dense'", "not a key any more", "leave the key out"]),
+    ({"temperature": 2.0}, ["temperature=2.0", "did you mean distillation_temperature"]),
+    (
+        {"distillation_type": "forward_kl", "distillation_beta": 1.0},
+        ["distillation_type=forward_kl", "distillation_beta=1.0", "contradict"],
+    ),
+    (
+        {"distillation_type": "reverse_kl", "distillation_beta": 0.5},
+        ["distillation_type=reverse_kl", "distillation_beta=0.5", "contradict", "gkd"],
+    ),
     ({"distillation_beta": []}, ["distillation_beta", "[]", "float"]),
     ({"distillation_temperature": 10**400}, ["distillation_temperature", "finite"]),
     ({"disitllation_type": "gkd"}, ["disitllation_type", "'gkd'", "did you mean distillation_type"]),
@@ -822,7 +854,7 @@ def test_a_response_token_without_a_distribution_names_the_side(side, kind, bad,
     values[0, :2] = NO_DISTRIBUTION[bad](values[0, :2])  # two response tokens
     message = f"{side} have NaN, .inf or nothing but -inf at 2 of {sum(LENGTHS)} response tokens: .*bfloat16"
     with pytest.raises(ValueError, match=message):
-        loss_fn({"distillation_type": kind, "distillation_beta": 0.5}, **inputs | {side: values})
+        loss_fn(settings_of(kind, 0.5), **inputs | {side: values})
 
 
 @pytest.mark.parametrize("side", ["student_logits", "teacher_logits"])
@@ -1015,23 +1047,30 @@ def packed(values: torch.Tensor, seed: int, junk: float = math.nan) -> tuple[tor
     return rows, torch.full(mask.shape, -(10**9)).masked_scatter(mask, places)  # no row where nothing is predicted
 
 
-@pytest.mark.parametrize("loss_fn", [pure, hybrid])
+REVERSE_KL = DivergenceSpec()
+
+
+def packed_loss(student, student_place, teacher, teacher_place, spec=REVERSE_KL, scale=1.0, mask=None):
+    """What a trainer that packs its sequences does: divergences of the rows it names, aggregated as the losses do."""
+    mask = response_mask(torch.bool) if mask is None else mask
+    tokens = token_divergence(student, student_place[mask], teacher, teacher_place[mask], spec, student_scale=scale)
+    loss = aggregate(tokens.divergence, mask, "token-mean", {})
+    return loss, distillation_metrics(tokens, loss)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
-def test_packed_logits_equal_dense_logits(loss_fn, seed):
+def test_packed_logits_equal_dense_logits(seed):
     dense, config = logits(), settings_of("gkd", 0.3, 1.5)
-    expected = loss_fn(config, **dense)
+    expected = pure(config, **dense)
     leaf = logits()["student_logits"]
     rows, place = packed(leaf, seed)
     teacher_rows, teacher_place = packed(dense["teacher_logits"], seed + 10)
-    actual = loss_fn(
-        config,
-        student_logits=StudentLogits(rows, place),
-        teacher_logits=TeacherLogits(DenseLogits(teacher_rows), teacher_place),
-    )
-    torch.testing.assert_close(actual[0], expected[0], rtol=1e-6, atol=1e-7)
-    assert actual.metrics == near(expected.metrics)
+    spec = DistillationLossConfig(**config).divergence
+    loss, metrics = packed_loss(rows, place, DenseLogits(teacher_rows), teacher_place, spec)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=1e-7)
+    assert metrics == near(expected.metrics)
     torch.testing.assert_close(
-        gradient(actual[0], leaf), gradient(expected[0], dense["student_logits"]), rtol=1e-5, atol=1e-8
+        gradient(loss, leaf), gradient(expected[0], dense["student_logits"]), rtol=1e-5, atol=1e-8
     )
 
 
@@ -1042,11 +1081,12 @@ def test_packed_logits_with_a_sampling_temperature(scale):
     expected = pure(**dense)
     rows, place = packed(leaf / scale, 0)
     held = rows.detach().requires_grad_()
-    actual = pure(student_logits=StudentLogits(held, place, scale))
-    assert actual.metrics == pytest.approx(expected.metrics, rel=1e-5)
+    teacher, teacher_place = packed(dense["teacher_logits"], 1)
+    loss, metrics = packed_loss(held, place, DenseLogits(teacher), teacher_place, scale=scale)
+    assert metrics == pytest.approx(expected.metrics, rel=1e-5)
     mask = response_mask(torch.bool)
     torch.testing.assert_close(
-        gradient(actual[0], held)[place[mask]],
+        gradient(loss, held)[place[mask]],
         scale * gradient(expected[0], dense["student_logits"])[mask],
         rtol=1e-5,
         atol=1e-7,
@@ -1057,87 +1097,43 @@ def test_packed_teacher_of_hidden_states():
     hidden, weight = normal(BATCH, TOKENS, 6, seed=7), normal(VOCAB, 6, seed=8)
     expected = pure(teacher_logits=hidden @ weight.T)
     rows, place = packed(hidden, 3)
-    actual = pure(teacher_logits=TeacherLogits(LinearLogits(rows, weight), place))
-    assert actual.metrics == pytest.approx(expected.metrics, rel=1e-5, abs=1e-6)
+    student, student_place = packed(logits()["student_logits"], 4)
+    _, metrics = packed_loss(student, student_place, LinearLogits(rows, weight), place)
+    assert metrics == pytest.approx(expected.metrics, rel=1e-5, abs=1e-6)
 
 
 def test_packed_logits_of_an_all_masked_batch():
     values = torch.full((4, VOCAB), math.nan).requires_grad_()
     nowhere = torch.full((BATCH, TOKENS), -1)
-    teacher = TeacherLogits(LinearLogits(torch.zeros(0, 6), torch.zeros(VOCAB, 6)), nowhere)
-    result = pure(
-        mask=torch.zeros(BATCH, TOKENS), student_logits=StudentLogits(values, nowhere), teacher_logits=teacher
-    )
-    result[0].backward()
-    assert result[0].item() == 0.0 and torch.equal(values.grad, torch.zeros(4, VOCAB))
-
-
-@pytest.mark.parametrize(
-    ("student_shape", "vocab", "words"),
-    [
-        ((BATCH, TOKENS), VOCAB + 1, ["vocabulary", "13", "14"]),
-        ((BATCH, TOKENS + 2), VOCAB, ["student_logits", "(5, 9)"]),
-    ],
-)
-def test_packed_logits_that_do_not_match(student_shape, vocab, words):
-    student = StudentLogits(torch.zeros(4, VOCAB), torch.zeros(student_shape, dtype=torch.int64))
-    teacher = TeacherLogits(DenseLogits(torch.zeros(4, vocab)), torch.zeros(BATCH, TOKENS, dtype=torch.int64))
-    with pytest.raises(ValueError) as error:
-        pure(student_logits=student, teacher_logits=teacher)
-    assert [word for word in words if word not in str(error.value)] == [], str(error.value)
+    teacher = LinearLogits(torch.zeros(0, 6), torch.zeros(VOCAB, 6))
+    nothing = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
+    loss, _ = packed_loss(values, nowhere, teacher, nowhere, mask=nothing)
+    loss.backward()
+    assert loss.item() == 0.0 and torch.equal(values.grad, torch.zeros(4, VOCAB))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# divergences that the student's head has computed
-
-
-def computed_by_a_head(config=None, mode="token-mean") -> tuple[HeadDivergence, torch.Tensor]:
-    """What a trainer passes when its head has taken the loss: sum_i w_i D_i, with D from the dense tensors."""
-    inputs = logits()
-    mask = response_mask() != 0
-    rows = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS)[mask]
-    student = inputs["student_logits"]
-    teacher = DenseLogits(inputs["teacher_logits"].flatten(0, 1))
-    tokens = token_divergence(student.flatten(0, 1), rows, teacher, rows, DivergenceSpec())
-    loss = (token_weights(response_mask(), mode, config) * tokens.divergence).sum()
-    return HeadDivergence(tokens._replace(divergence=tokens.divergence.detach()), loss), student
+# weights of tokens, which the student's head is given before it runs
 
 
 @pytest.mark.parametrize("mode", AGG_MODES)
 @pytest.mark.parametrize("info", [{}, {"dp_size": 2, "batch_num_tokens": 40, "global_batch_size": 10}])
 def test_token_weights_give_the_loss_of_every_aggregation_mode(mode, info):
-    config = {"global_batch_info": info}
-    head, student = computed_by_a_head(config, mode)
-    result = pure(config, loss_agg_mode=mode, student_logits=head, teacher_logits=None)
-    inputs = logits()
-    expected = pure(config, loss_agg_mode=mode, **inputs)
-    assert result[0].item() == near(expected[0].item())
-    assert result.metrics == pytest.approx(expected.metrics, rel=1e-6)
-    torch.testing.assert_close(gradient(result[0], student), gradient(expected[0], inputs["student_logits"]))
-
-
-def test_token_weights_of_no_tokens_are_none():
-    assert token_weights(torch.zeros(2, 3), "token-mean", None).shape == (0,)
-
-
-def test_a_loss_that_is_not_that_of_its_tokens_is_refused():
-    head, _ = computed_by_a_head(mode="token-mean")
-    with pytest.raises(ValueError, match="loss_agg_mode=token-sum.*distillation_head=dense"):
-        pure(loss_agg_mode="token-sum", student_logits=head, teacher_logits=None)
-
-
-def test_per_token_divergences_of_a_head_go_into_the_hybrid_loss():
     inputs = logits()
     mask = response_mask() != 0
     rows = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS)[mask]
-    teacher = DenseLogits(inputs["teacher_logits"].flatten(0, 1))
-    tokens = token_divergence(inputs["student_logits"].flatten(0, 1), rows, teacher, rows, DivergenceSpec())
-    result = hybrid(student_logits=HeadDivergence(tokens), teacher_logits=None)
+    student, teacher = inputs["student_logits"], DenseLogits(inputs["teacher_logits"].flatten(0, 1))
+    tokens = token_divergence(student.flatten(0, 1), rows, teacher, rows, DivergenceSpec())
+    loss = (token_weights(response_mask(), mode, info) * tokens.divergence).sum()
     dense = logits()
-    expected = hybrid(**dense)
-    assert result[0].item() == near(expected[0].item())
-    grad = gradient(result[0], inputs["student_logits"])
-    torch.testing.assert_close(grad, gradient(expected[0], dense["student_logits"]))
+    expected = pure({"global_batch_info": info}, loss_agg_mode=mode, **dense)
+    assert loss.item() == near(expected[0].item())
+    assert distillation_metrics(tokens, loss) == pytest.approx(expected.metrics, rel=1e-6)
+    torch.testing.assert_close(gradient(loss, student), gradient(expected[0], dense["student_logits"]))
+
+
+def test_token_weights_of_no_tokens_are_none():
+    assert token_weights(torch.zeros(2, 3), "token-mean", {}).shape == (0,)
 
 
 if __name__ == "__main__":

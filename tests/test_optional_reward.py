@@ -21,7 +21,7 @@ import torch
 from arithmetic import build_tokenizer
 
 from verl import DataProto
-from verl.experimental.reward_loop.reward_manager.optional import OptionalRewardManager
+from verl.on_policy_distillation.optional_reward import OptionalRewardManager
 
 
 def sample(response, **fields):

@@ -25,8 +25,8 @@ from functools import cached_property
 import pytest
 import torch
 
+from verl.on_policy_distillation.head import linear_divergence
 from verl.trainer.ppo.on_policy_distillation import compute_on_policy_distillation_loss
-from verl.utils.kernel.linear_divergence import linear_divergence
 
 CASES, BLOCK = 2400, 100
 TYPES = ("reverse_kl", "forward_kl", "gkd", "skew_reverse_kl")
@@ -35,6 +35,9 @@ VALUE = 2e-6  # of a token's divergence: relative, or absolute below one nat
 GRADIENT = 2e-5  # relative to the largest entry of the whole gradient, or to the bound of a value
 # Of a gradient, which is rounded as the divergence's and once more as the loss's.
 ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}  # of the types that are no mixture; another would contradict them
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,11 @@ class Case:
     @cached_property
     def settings(self) -> dict:
         rng = self._rng
+        kind = rng.choice(TYPES)
+        beta = rng.choice((0.0, 1.0, 0.5, rng.random(), 10 ** rng.uniform(-4, 0)))
         return {
-            "distillation_type": rng.choice(TYPES),
-            "distillation_beta": rng.choice((0.0, 1.0, 0.5, rng.random(), 10 ** rng.uniform(-4, 0))),
+            "distillation_type": kind,
+            "distillation_beta": BETAS.get(kind, beta),
             "distillation_temperature": rng.choice((1.0, rng.uniform(0.3, 4.0))),
         }
 
@@ -201,7 +206,11 @@ def test_no_divergence_where_both_agree(first):
 
 
 def half_way(kind: str, mask: torch.Tensor, temperature: float, **sides: torch.Tensor) -> float:
-    config = {"distillation_type": kind, "distillation_beta": 0.5, "distillation_temperature": temperature}
+    config = {
+        "distillation_type": kind,
+        "distillation_beta": BETAS.get(kind, 0.5),
+        "distillation_temperature": temperature,
+    }
     return compute_on_policy_distillation_loss(None, None, None, mask, "token-mean", config, **sides)[0].item()
 
 
@@ -218,9 +227,6 @@ def test_swapping_both_sides(first):
             assert one == pytest.approx(other, rel=VALUE, abs=VALUE), f"{kind}: {case}"
 
 
-TRL_BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}  # of its generalized divergence, which has no skew KL
-
-
 def check_against_trl(case: Case, generalized_jsd_loss: Callable[..., torch.Tensor]) -> None:
     student, teacher = (side.float() for side in case.logits())
     mask, kind = case.mask(), case.settings["distillation_type"]
@@ -229,7 +235,7 @@ def check_against_trl(case: Case, generalized_jsd_loss: Callable[..., torch.Tens
         leaves[0],
         teacher,
         labels=torch.where(mask, 0, -100),
-        beta=TRL_BETAS.get(kind, case.settings["distillation_beta"]),
+        beta=BETAS.get(kind, case.settings["distillation_beta"]),
         temperature=case.settings["distillation_temperature"],
         num_items_in_batch=mask.sum(),
     )

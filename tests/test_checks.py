@@ -26,13 +26,15 @@ from arithmetic import tiny_model
 from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl.trainer.ppo.distillation_setup import refuse_misspelt_overrides, validate_distillation
+from verl.on_policy_distillation import hydra_source
+from verl.on_policy_distillation.checks import prepare, refuse_misspelt_overrides, validate
+from verl.on_policy_distillation.config import DistillationPolicyLossConfig, TeacherConfig, field_names
+from verl.on_policy_distillation.output_projection import find_output_projection
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
-from verl.utils.output_projection import find_output_projection
-from verl.workers.config.teacher import TeacherConfig
+from verl.workers.config import PolicyLossConfig
 
 ACTOR = "actor_rollout_ref.actor"
 PURE = f"{ACTOR}.policy_loss.loss_mode=on_policy_distillation"
@@ -44,10 +46,13 @@ BASICS = (
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
     "+actor_rollout_ref.model.override_config.attn_implementation=eager",
     "trainer.n_gpus_per_node=1",
+    "data.max_prompt_length=32",  # together the 64 positions of tiny_model
+    "data.max_response_length=32",
 )
 
 
 def make_config(*overrides):
+    hydra_source.install()
     with initialize_config_module("verl.trainer.config", version_base=None):
         return compose("ppo_trainer", overrides=[*BASICS, *overrides])
 
@@ -68,13 +73,42 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("loss", [PURE, HYBRID])
 def test_naming_the_loss_and_the_teacher_is_enough(loss, models):
     config = make_config(loss, "algorithm.adv_estimator=grpo", *models)
+    prepare(config)
     validate_config(config, need_reference_policy(config), need_critic(config))
 
 
 def test_the_pure_loss_needs_no_critic_and_no_reference(models):
     pure, hybrid = make_config(PURE, *models), make_config(HYBRID, *models)
+    prepare(pure)
+    prepare(hybrid)
     assert hybrid.algorithm.adv_estimator == "gae" and need_critic(hybrid)
     assert not need_critic(pure) and not need_reference_policy(pure)
+
+
+def test_a_critic_warm_up_without_a_critic_is_said(models, caplog):
+    pure = make_config(PURE, *models, "trainer.critic_warmup=5")
+    prepare(pure)
+    assert pure.trainer.critic_warmup == 0
+    assert "trainer.critic_warmup=5 is taken as 0: on_policy_distillation has no critic." in caplog.text
+
+
+def test_other_losses_are_left_as_they_are(models):
+    config = make_config(models[0], "trainer.critic_warmup=5")
+    before = OmegaConf.to_yaml(config)
+    prepare(config)
+    assert OmegaConf.to_yaml(config) == before
+
+
+def test_the_yaml_files_have_the_keys_and_defaults_of_the_dataclasses(models):
+    config = make_config(*models)
+    section = config.actor_rollout_ref.actor.policy_loss
+    defaults = DistillationPolicyLossConfig()
+    ours = set(field_names(DistillationPolicyLossConfig)) - set(field_names(PolicyLossConfig))
+    assert set(section) - {"_target_"} <= set(field_names(DistillationPolicyLossConfig))
+    assert {name: section[name] for name in ours} == {name: getattr(defaults, name) for name in ours}
+    assert set(config.teacher) - {"_target_"} == set(field_names(TeacherConfig))
+    plain = ("payload", "payload_dtype", "dump_freq", "dump_size")  # the others follow the student
+    assert [config.teacher[name] for name in plain] == [getattr(TeacherConfig(), name) for name in plain]
 
 
 def test_the_teacher_follows_the_student_by_default(models):
@@ -129,9 +163,43 @@ MISTAKES = {
     "dump frequency": ([PURE, "teacher.dump_freq=often"], "teacher.dump_freq='often' .* set it to -1 .never. or"),
     "dump folder": ([PURE, "teacher.dump_freq=1", "teacher.dump_dir=null"], "teacher.dump_dir=None .*set it to a fold"),
     "dump size": ([PURE, "teacher.dump_freq=1", "teacher.dump_size=-1"], "teacher.dump_size=-1: set it to a whole"),
-    "dump of a dense head": (
-        [PURE, "teacher.dump_freq=1", f"{ACTOR}.policy_loss.distillation_head=dense"],
-        "teacher.dump_freq=1 is written by a fused head: set .*distillation_head=fused",
+    "temperature of the divergence": (
+        [PURE, f"+{ACTOR}.policy_loss.temperature=2"],
+        "temperature=2 is not a key of these losses: did you mean distillation_temperature",
+    ),
+    "type and beta": (
+        [PURE, f"{ACTOR}.policy_loss.distillation_type=forward_kl", f"{ACTOR}.policy_loss.distillation_beta=0.5"],
+        "distillation_type=forward_kl and distillation_beta=0.5 contradict each other",
+    ),
+    "VERL's teachers": (
+        [PURE, "+distillation.teacher_models.math.model_path=x"],
+        "teacher_models.math.model_path=x belongs to VERL's own distillation.*leave it out, and set teacher.model.path",
+    ),
+    "a part of the hybrid loss": (
+        [f"{ACTOR}.policy_loss.loss_mode=hybrid_rl_distillation_rl_term"],
+        "hybrid_rl_distillation_rl_term is a part of hybrid_rl_distillation: set",
+    ),
+    "teachers": ([PURE, "+teachers.math.path=x"], "there is no teachers group, did you mean teacher.model.path"),
+    "rollout correction": (
+        [PURE, "algorithm.rollout_correction.rollout_rs=sequence"],
+        "rollout_correction.rollout_rs=sequence corrects policy gradients.*set it to null",
+    ),
+    "activation offload": (
+        [PURE, "actor_rollout_ref.model.enable_activation_offload=True"],
+        "enable_activation_offload=True.*set it to False",
+    ),
+    "several heads": ([PURE, "actor_rollout_ref.model.mtp.enable=True"], "mtp.enable=True.*set it to False"),
+    "short context": (
+        [PURE, "data.max_response_length=40"],
+        "context of 64 tokens.*max_prompt_length=32 plus data.max_response_length=40 is 72: shorten them",
+    ),
+    "adapted head": (
+        [PURE, "actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.target_modules=[q_proj,lm_head]"],
+        r"target_modules=\['q_proj', 'lm_head'\] adapts lm_head.*leave lm_head out",
+    ),
+    "sums over squares": (
+        [PURE, f"{ACTOR}.calculate_sum_pi_squared=True"],
+        "calculate_sum_pi_squared=True needs the student's logits.*set it to False",
     ),
     "megatron": ([PURE, f"{ACTOR}.strategy=megatron"], "strategy=megatron is not supported.*fsdp2 or fsdp"),
     "engine's sequence parallel": (
@@ -164,7 +232,10 @@ MISTAKES = {
     "beta": ([PURE, f"{ACTOR}.policy_loss.distillation_beta=1.5"], r"distillation_beta=1.5 is outside \[0, 1\]"),
     "temperature": ([PURE, f"{ACTOR}.policy_loss.distillation_temperature=0"], "distillation_temperature=0.*positive"),
     "weight": ([HYBRID, f"{ACTOR}.policy_loss.hybrid_lambda_rl=-1"], "hybrid_lambda_rl=-1.*negative"),
-    "head": ([PURE, f"{ACTOR}.policy_loss.distillation_head=sparse"], "distillation_head='sparse'.*'fused', 'dense'"),
+    "head": (
+        [PURE, f"+{ACTOR}.policy_loss.distillation_head=dense"],
+        "distillation_head='dense' is not a key any more",
+    ),
     "RL term": ([HYBRID, f"{ACTOR}.policy_loss.hybrid_rl_loss_mode=ppo"], "hybrid_rl_loss_mode='ppo'.*choose one of"),
     "a loss of zero": (
         [PURE, f"{ACTOR}.policy_loss.distillation_type=skew_reverse_kl", f"{ACTOR}.policy_loss.distillation_beta=0"],
@@ -177,14 +248,25 @@ MISTAKES = {
 def test_a_mistake_names_the_key_the_value_and_the_fix(mistake, models):
     overrides, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
-        validate_distillation(make_config(*models, *overrides))
+        validate(make_config(*models, *overrides))
+
+
+def test_a_stretched_context_is_long_enough(models, tmp_path):
+    path = tmp_path / "stretched"
+    tiny_model(path, hidden=64)
+    longer = (PURE, *models, f"teacher.model.path={path}", "data.max_response_length=100")
+    with pytest.raises(ValueError, match="context of 64 tokens"):
+        validate(make_config(*longer))
+    validate(make_config(*longer, "+teacher.model.override_config.max_position_embeddings=132"))
+    edit_config(path, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})
+    validate(make_config(*longer))
 
 
 def test_an_unknown_key_is_refused(models):
     with pytest.raises(ConfigCompositionException, match="distilation_beta"):
         make_config(PURE, *models, f"{ACTOR}.policy_loss.distilation_beta=0.5")
     with pytest.raises(ValueError, match="distilation_beta=0.5.*did you mean distillation_beta"):
-        validate_distillation(make_config(PURE, *models, f"+{ACTOR}.policy_loss.distilation_beta=0.5"))
+        validate(make_config(PURE, *models, f"+{ACTOR}.policy_loss.distilation_beta=0.5"))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +276,8 @@ def test_an_unknown_key_is_refused(models):
         (f"++{ACTOR}.policy_loss.hybird_lambda_rl=0.5", f"{ACTOR}.policy_loss.hybrid_lambda_rl"),
         ("teacher.paylod=logits", "teacher.payload"),
         ("+teacher.dumpfreq=1", "teacher.dump_freq"),
+        (f"{ACTOR}.policy_loss.temperature=2", f"{ACTOR}.policy_loss.distillation_temperature"),
+        ("+teachers.math.path=x", "teacher.model.path"),
     ],
 )
 def test_a_slip_on_the_command_line_names_the_nearest_key(override, meant):
@@ -223,12 +307,12 @@ def test_a_teacher_that_is_not_there(missing, models, tmp_path):
     (tmp_path / "file").write_text("")
     path = missing.format(folder=tmp_path)
     with pytest.raises(ValueError, match=f"teacher.model.path={path} does not exist"):
-        validate_distillation(make_config(PURE, *models, f"teacher.model.path={path}"))
+        validate(make_config(PURE, *models, f"teacher.model.path={path}"))
 
 
 def test_a_teacher_that_is_no_checkpoint(models, tmp_path):
     with pytest.raises(ValueError, match="teacher.model.path=.* is not a Hugging Face checkpoint"):
-        validate_distillation(make_config(PURE, *models, f"teacher.model.path={tmp_path}"))
+        validate(make_config(PURE, *models, f"teacher.model.path={tmp_path}"))
 
 
 def other_tokenizer(path):
@@ -244,44 +328,29 @@ def test_a_teacher_with_another_tokenizer(models, tmp_path):
     with pytest.raises(
         ValueError, match="teacher.model.path=.* has another tokenizer.*'<think>' = 258.*choose a teacher"
     ):
-        validate_distillation(make_config(PURE, *models, f"teacher.model.path={teacher}"))
+        validate(make_config(PURE, *models, f"teacher.model.path={teacher}"))
 
 
-@pytest.mark.parametrize("cap", ["final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"])
-def test_a_head_that_is_more_than_a_matrix_needs_the_logits_payload(cap, models, tmp_path):
-    teacher = tiny_model(tmp_path / "capped")
-    edit_config(tmp_path / "capped", **{cap: 30.0})
-    overrides = (PURE, *models, f"teacher.model.path={teacher}")
-    with pytest.raises(ValueError, match=f"{cap}=30.0.*Set teacher.payload=logits"):
-        validate_distillation(make_config(*overrides))
-    validate_distillation(make_config(*overrides, "teacher.payload=logits"))
-
-
-def test_a_student_head_that_is_more_than_a_matrix_needs_the_dense_head(models, tmp_path):
-    student = tiny_model(tmp_path / "capped")
-    edit_config(tmp_path / "capped", final_logit_softcapping=30.0)
-    overrides = (PURE, *models, f"actor_rollout_ref.model.path={student}")
-    with pytest.raises(ValueError, match="final_logit_softcapping=30.0.*policy_loss.distillation_head=dense"):
-        validate_distillation(make_config(*overrides))
-    validate_distillation(make_config(*overrides, f"{ACTOR}.policy_loss.distillation_head=dense"))
-
-
-@pytest.mark.parametrize(
-    "override",
-    [f"{ACTOR}.calculate_sum_pi_squared=True", "actor_rollout_ref.model.target_modules=[q_proj,lm_head]"],
-)
-def test_what_needs_logits_or_changes_the_head_needs_the_dense_head(override, models):
-    overrides = (PURE, *models, override, "actor_rollout_ref.model.lora_rank=4")
-    key = override.split("=")[0].rsplit(".")[-1]
-    with pytest.raises(ValueError, match=f"{key}=.*policy_loss.distillation_head=dense"):
-        validate_distillation(make_config(*overrides))
-    validate_distillation(make_config(*overrides, f"{ACTOR}.policy_loss.distillation_head=dense"))
+@pytest.mark.parametrize("key", ["actor_rollout_ref.model.path", "teacher.model.path"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00003.safetensors", "pytorch_model.bin"])
+def test_a_truncated_file_of_a_checkpoint_is_named(name, key, models, tmp_path):
+    path = tmp_path / "cut"
+    tiny_model(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    (path / "model.safetensors").unlink()
+    if name == "pytorch_model.bin":
+        torch.save(model.state_dict(), path / name)
+    else:
+        model.save_pretrained(path, max_shard_size="5GB" if name == "model.safetensors" else "30KB")
+    file = next(path.glob(name.replace("00003", "*")))
+    validate(make_config(PURE, *models, f"{key}={path}"))
+    os.truncate(file, file.stat().st_size - 100)
+    with pytest.raises(ValueError, match=f"{key}={path}: {file} cannot be read .*truncated: copy or download it again"):
+        validate(make_config(PURE, *models, f"{key}={path}"))
 
 
 def test_output_projection_is_the_model_s(tmp_path):
     """Untied, tied, sharded safetensors and .bin checkpoints, against the loaded model."""
-    from transformers import AutoModelForCausalLM
-
     for tied in (False, True):
         path = tiny_model(tmp_path / f"tied_{tied}", tied=tied)
         model = AutoModelForCausalLM.from_pretrained(path)
@@ -323,7 +392,7 @@ def test_a_hub_name_is_resolved_to_its_snapshot(tmp_path):
     (repository / "snapshots").mkdir()
     tiny_model(repository / "snapshots" / "0123abc")
     code = (
-        "from verl.utils.output_projection import checkpoint_folder, find_output_projection as find\n"
+        "from verl.on_policy_distillation.output_projection import checkpoint_folder, find_output_projection as find\n"
         "print(find(checkpoint_folder('org/teacher'), tied=False).weight.file)"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
@@ -341,7 +410,7 @@ def start_trainer(*overrides, timeout=60):
     """Start VERL's trainer as a user does. Returns its output and the seconds it took to end."""
     began = time.monotonic()
     process = subprocess.run(
-        [sys.executable, "-m", "verl.trainer.main_ppo", *BASICS, *overrides],
+        [sys.executable, "-m", "verl.trainer.main_on_policy_distillation", *BASICS, *overrides],
         capture_output=True,
         text=True,
         timeout=timeout,

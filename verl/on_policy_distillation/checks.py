@@ -1,4 +1,4 @@
-# Copyright 2026 The on-policy-distillation authors
+# Copyright 2026 Bytedance Ltd. and/or its affiliates
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
 # you may not use this file except in compliance with the License.
@@ -11,73 +11,87 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checks the trainer's configuration for full-vocabulary distillation, in the driver, before any Ray actor starts.
+"""Checks the trainer's configuration and settles what follows from it, in the driver, before any Ray actor starts.
 
 Every error names the key, its value and the fix.
 """
 
 import difflib
+import logging
 import os
-from dataclasses import fields
 from typing import Any, Optional
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
-from verl.trainer.ppo.on_policy_distillation import (
+from verl.on_policy_distillation.config import (
     HYBRID,
     PURE,
+    RL_TERM,
+    TEACHER_PAYLOADS,
     DistillationLossConfig,
     is_distillation_loss,
-    misspelt_key,
+    misspelt_loss_key,
+    misspelt_teacher_key,
 )
+from verl.on_policy_distillation.output_projection import find_output_projection, require_readable
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.utils.fs import copy_to_local
-from verl.utils.output_projection import find_output_projection
 from verl.utils.torch_dtypes import PrecisionType
-from verl.workers.config.teacher import TEACHER_PAYLOADS, TeacherConfig
 
-__all__ = ["is_pure_distillation", "refuse_misspelt_overrides", "teacher_is_enabled", "validate_distillation"]
+__all__ = ["loss_mode", "prepare", "refuse_misspelt_overrides", "validate"]
 
-# Settings of Hugging Face configurations under which logits are more than hidden states times a matrix.
-_HEAD_TRANSFORMS = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "mup_width_scale",
-)
+logger = logging.getLogger(__name__)
+
+_POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 
 
-def _loss_mode(config: DictConfig) -> str:
+def loss_mode(config: DictConfig) -> str:
+    """The name of the actor's policy loss."""
     # Trainers without this key share VERL's checks, so it may be absent.
-    return OmegaConf.select(config, "actor_rollout_ref.actor.policy_loss.loss_mode", default="vanilla")
+    return OmegaConf.select(config, f"{_POLICY_LOSS}.loss_mode", default="vanilla")
 
 
-def teacher_is_enabled(config: DictConfig) -> bool:
-    """Whether the actor's policy loss is one of the two distillation losses."""
-    return is_distillation_loss(_loss_mode(config))
+def prepare(config: DictConfig) -> None:
+    """Check the trainer's configuration and settle, in place, what the loss decides; nothing for other losses.
+
+    The divergence that type and beta choose is written out. The pure loss has no critic, no critic warm-up and no
+    reference policy, and needs no reward.
+
+    Raises:
+        ValueError: naming the key, the value and the fix.
+    """
+    validate(config)
+    if not is_distillation_loss(loss_mode(config)):
+        return
+    policy_loss = config.actor_rollout_ref.actor.policy_loss
+    divergence = DistillationLossConfig.from_config(config.actor_rollout_ref.actor).divergence
+    with open_dict(policy_loss):
+        policy_loss.distillation_type, policy_loss.distillation_beta = divergence.distillation_type, divergence.beta
+    if loss_mode(config) != PURE:
+        return
+    if config.trainer.critic_warmup > 0:
+        logger.warning("trainer.critic_warmup=%s is taken as 0: %s has no critic.", config.trainer.critic_warmup, PURE)
+    with open_dict(config):
+        config.critic.enable = False
+        config.trainer.critic_warmup = 0
+        _make_reward_optional(config)
 
 
-def is_pure_distillation(config: DictConfig) -> bool:
-    """Whether the policy loss is the divergence alone, so that no RL quantity is needed."""
-    return _loss_mode(config) == PURE
-
-
-def validate_distillation(config: DictConfig) -> None:
+def validate(config: DictConfig) -> None:
     """Check the trainer's configuration; does nothing when neither distillation loss nor a teacher is named.
 
     Raises:
         ValueError: naming the key, the value and the fix.
     """
     teacher_path = OmegaConf.select(config, "teacher.model.path")
-    _check_spelling(_loss_mode(config))
-    if not teacher_is_enabled(config):
+    if "teachers" in config:
+        raise ValueError(f"teachers={config.teachers}: there is no teachers group, did you mean teacher.model.path?")
+    _check_spelling(loss_mode(config))
+    if not is_distillation_loss(loss_mode(config)):
         if teacher_path is not None:
             raise ValueError(
-                f"teacher.model.path={teacher_path} has no effect with actor_rollout_ref.actor.policy_loss.loss_mode="
-                f"{_loss_mode(config)}: set loss_mode={PURE} or {HYBRID}, or leave teacher.model.path out."
+                f"teacher.model.path={teacher_path} has no effect with {_POLICY_LOSS}.loss_mode="
+                f"{loss_mode(config)}: set loss_mode={PURE} or {HYBRID}, or leave teacher.model.path out."
             )
         return
     _check_trainer(config)
@@ -95,30 +109,44 @@ def refuse_misspelt_overrides(arguments: list[str]) -> None:
         ValueError: naming the override and the nearest key.
     """
     for argument in arguments:
-        parent, _, name = argument.partition("=")[0].lstrip("+~").rpartition(".")
+        key = argument.partition("=")[0].lstrip("+~")
+        parent, _, name = key.rpartition(".")
         nearest = None
-        if parent == "actor_rollout_ref.actor.policy_loss":
-            nearest = misspelt_key(name)
+        if parent == _POLICY_LOSS:
+            nearest = misspelt_loss_key(name)
         elif parent == "teacher":
-            nearest = _misspelt_teacher_key(name)
+            nearest = misspelt_teacher_key(name)
         if nearest:
             raise ValueError(f"{argument}: there is no {name} in {parent}, did you mean {parent}.{nearest}?")
+        if key.partition(".")[0] == "teachers":
+            raise ValueError(f"{argument}: there is no teachers group, did you mean teacher.model.path?")
+
+
+def _make_reward_optional(config: DictConfig) -> None:
+    """Without a reward function of the user's, score what VERL can score and give the rest zero."""
+    reward = config.reward
+    uses_defaults = reward.reward_manager.source == "register" and reward.reward_manager.name == "naive"
+    if reward.reward_model.enable or reward.custom_reward_function.path or not uses_defaults:
+        return
+    reward.reward_manager.source = "importlib"
+    reward.reward_manager.name = "OptionalRewardManager"
+    reward.reward_manager.module.path = "pkg://verl.on_policy_distillation.optional_reward"
 
 
 def _refuse(config: DictConfig, key: str, bad: Any, fix: str) -> None:
     """Raise if `key` has the value `bad`."""
     value = OmegaConf.select(config, key)
     if value == bad:
-        raise ValueError(f"{key}={value} does not go with policy_loss.loss_mode={_loss_mode(config)}: {fix}")
+        raise ValueError(f"{key}={value} does not go with policy_loss.loss_mode={loss_mode(config)}: {fix}")
 
 
-def _check_spelling(loss_mode: str) -> None:
+def _check_spelling(name: str) -> None:
     """VERL looks the name up at the first update only; a slip in one of ours need not wait so long."""
-    nearest = difflib.get_close_matches(loss_mode, [PURE, HYBRID], n=1, cutoff=0.8)
-    if nearest and loss_mode not in POLICY_LOSS_REGISTRY:
-        raise ValueError(
-            f"actor_rollout_ref.actor.policy_loss.loss_mode={loss_mode} is not registered: did you mean {nearest[0]}?"
-        )
+    if name == RL_TERM:
+        raise ValueError(f"{_POLICY_LOSS}.loss_mode={name} is a part of {HYBRID}: set loss_mode={HYBRID}.")
+    nearest = difflib.get_close_matches(name, [PURE, HYBRID], n=1, cutoff=0.8)
+    if nearest and name not in POLICY_LOSS_REGISTRY:
+        raise ValueError(f"{_POLICY_LOSS}.loss_mode={name} is not registered: did you mean {nearest[0]}?")
 
 
 def _check_trainer(config: DictConfig) -> None:
@@ -129,10 +157,16 @@ def _check_trainer(config: DictConfig) -> None:
         "it is VERL's own top-k / sampled distillation. Choose one: distillation.enabled=False keeps the exact "
         "full-vocabulary loss, policy_loss.loss_mode=vanilla keeps VERL's.",
     )
+    for name, model in (OmegaConf.select(config, "distillation.teacher_models") or {}).items():
+        if model.get("model_path") is not None:
+            raise ValueError(
+                f"distillation.teacher_models.{name}.model_path={model.model_path} belongs to VERL's own distillation "
+                f"and has no effect with {loss_mode(config)}: leave it out, and set teacher.model.path."
+            )
     _refuse(config, "trainer.use_v1", False, "only the V1 trainer has a teacher; set trainer.use_v1=True.")
     mode = config.trainer.v1.trainer_mode
     if mode == "separate_async":
-        raise ValueError(f"trainer.v1.trainer_mode={mode} is not supported with {_loss_mode(config)}: set it to sync.")
+        raise ValueError(f"trainer.v1.trainer_mode={mode} is not supported with {loss_mode(config)}: set it to sync.")
 
 
 def _check_student(config: DictConfig) -> None:
@@ -146,9 +180,13 @@ def _check_engine(config: DictConfig, strategy_key: str, engine: str, model: str
     strategy = OmegaConf.select(config, strategy_key)
     if strategy not in ("fsdp", "fsdp2"):
         raise ValueError(
-            f"{strategy_key}={strategy} is not supported with {_loss_mode(config)}: set it to fsdp2 or fsdp."
+            f"{strategy_key}={strategy} is not supported with {loss_mode(config)}: set it to fsdp2 or fsdp."
         )
     _refuse(config, f"{model}.use_fused_kernels", True, "fused kernels give no logits; set it to False.")
+    _refuse(config, f"{model}.mtp.enable", True, "distillation needs a model with one output layer; set it to False.")
+    _refuse(
+        config, f"{model}.enable_activation_offload", True, "it takes a model's output for a tensor; set it to False."
+    )
     _refuse(config, f"{engine}.pad_to_length", True, "padding rows have no teacher; set it to False.")
     _require_no_sequence_parallelism(config, f"{engine}.ulysses_sequence_parallel_size")
 
@@ -156,18 +194,30 @@ def _check_engine(config: DictConfig, strategy_key: str, engine: str, model: str
 def _require_no_sequence_parallelism(config: DictConfig, key: str) -> None:
     size = OmegaConf.select(config, key)
     if size is not None and size > 1:
-        raise ValueError(f"{key}={size} is not supported with {_loss_mode(config)}: set it to 1.")
+        raise ValueError(f"{key}={size} is not supported with {loss_mode(config)}: set it to 1.")
 
 
 def _check_loss(config: DictConfig) -> None:
-    settings = DistillationLossConfig.from_config(config.actor_rollout_ref.actor)
-    if settings.distillation_type == "skew_reverse_kl" and settings.distillation_beta == 0.0:
+    divergence = DistillationLossConfig.from_config(config.actor_rollout_ref.actor).divergence
+    if (divergence.distillation_type, divergence.beta) == ("skew_reverse_kl", 0.0):
         raise ValueError(
             "distillation_beta=0.0 makes distillation_type=skew_reverse_kl zero everywhere: set "
             "distillation_beta above 0 (1.0 is reverse KL)."
         )
-    if not is_pure_distillation(config):
+    if loss_mode(config) != PURE:
         return
+    for name, unset in (("rollout_is", None), ("rollout_rs", None), ("bypass_mode", False)):
+        if (value := OmegaConf.select(config, f"algorithm.rollout_correction.{name}", default=unset)) != unset:
+            raise ValueError(
+                f"algorithm.rollout_correction.{name}={value} corrects policy gradients, and {PURE} has none: set it "
+                f"to {'null' if unset is None else unset}."
+            )
+    if config.actor_rollout_ref.actor.calculate_entropy:
+        logger.warning(
+            "actor_rollout_ref.actor.calculate_entropy=True is not needed with %s, whose metrics have "
+            "distillation/student_entropy.",
+            PURE,
+        )
     hybrid = f"or train with policy_loss.loss_mode={HYBRID}, which has an RL term."
     _refuse(
         config, "actor_rollout_ref.actor.use_kl_loss", True, f"it has no reference policy. Set it to False, {hybrid}"
@@ -185,7 +235,7 @@ def _check_loss(config: DictConfig) -> None:
 def _check_teacher(config: DictConfig, path: Optional[str]) -> None:
     if not path:
         raise ValueError(
-            f"teacher.model.path is not set, and policy_loss.loss_mode={_loss_mode(config)} needs a teacher: "
+            f"teacher.model.path is not set, and policy_loss.loss_mode={loss_mode(config)} needs a teacher: "
             "set teacher.model.path to a checkpoint that shares the student's tokenizer."
         )
     if not isinstance(path, str):
@@ -195,18 +245,46 @@ def _check_teacher(config: DictConfig, path: Optional[str]) -> None:
     student = _load_config("actor_rollout_ref.model.path", student_path, config.actor_rollout_ref.model)
     teacher = _load_config("teacher.model.path", path, config.teacher.model)
     _check_tokenizers(config, student, teacher)
-    if config.teacher.payload == "hidden_states":
-        _check_linear_head("teacher.model.path", path, teacher, "teacher.payload=logits")
-        local = _local_path(path)
-        if os.path.isdir(local):
-            find_output_projection(local, tied=bool(teacher.get_text_config().tie_word_embeddings))
-    if config.actor_rollout_ref.actor.policy_loss.distillation_head == "fused":
-        _check_fused_head(config, student)
-    elif config.teacher.dump_freq > 0:
+    _check_context(config, teacher)
+    for key, local in (("actor_rollout_ref.model.path", student_path), ("teacher.model.path", path)):
+        if os.path.isdir(_local_path(local)):
+            require_readable(key, _local_path(local))
+    if config.teacher.payload == "hidden_states" and os.path.isdir(_local_path(path)):
+        find_output_projection(_local_path(path), tied=bool(teacher.get_text_config().tie_word_embeddings))
+    targets = config.actor_rollout_ref.model.get("target_modules", None)
+    if config.actor_rollout_ref.model.get("lora_rank", 0) and targets and "lm_head" in targets:
         raise ValueError(
-            f"teacher.dump_freq={config.teacher.dump_freq} is written by a fused head: set "
-            "actor_rollout_ref.actor.policy_loss.distillation_head=fused, or teacher.dump_freq=-1."
+            f"actor_rollout_ref.model.target_modules={targets} adapts lm_head, which distillation reads as a plain "
+            "matrix: leave lm_head out."
         )
+    if OmegaConf.select(config, "actor_rollout_ref.actor.calculate_sum_pi_squared"):
+        raise ValueError(
+            "actor_rollout_ref.actor.calculate_sum_pi_squared=True needs the student's logits, which distillation "
+            "never makes: set it to False."
+        )
+
+
+def _check_context(config: DictConfig, teacher: Any) -> None:
+    """A position that a model was not made for is computed without a word, or fails on the device."""
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    positions = _longest_context(teacher.get_text_config())
+    if positions is not None and positions < longest:
+        raise ValueError(
+            f"teacher.model.path={config.teacher.model.path} has a context of {positions} tokens "
+            "(max_position_embeddings, and the factor of rope_scaling), and "
+            f"data.max_prompt_length={config.data.max_prompt_length} plus data.max_response_length="
+            f"{config.data.max_response_length} is {longest}: shorten them, or choose a teacher with a longer context."
+        )
+
+
+def _longest_context(text_config: Any) -> Optional[int]:
+    """``max_position_embeddings``, or the context that YaRN and its kind stretch it to."""
+    positions = getattr(text_config, "max_position_embeddings", None)
+    rope = getattr(text_config, "rope_scaling", None) or getattr(text_config, "rope_parameters", None) or {}
+    factor = rope.get("factor") if isinstance(rope, dict) else None
+    if positions is None or not factor:
+        return positions
+    return max(positions, int(factor * (rope.get("original_max_position_embeddings") or positions)))
 
 
 def _check_teacher_settings(config: DictConfig) -> None:
@@ -225,14 +303,8 @@ def _check_teacher_settings(config: DictConfig) -> None:
 
 def _check_teacher_keys(teacher: DictConfig) -> None:
     for key in teacher:
-        if nearest := _misspelt_teacher_key(key):
+        if nearest := misspelt_teacher_key(key):
             raise ValueError(f"teacher.{key}={teacher[key]} is not a key of the teacher: did you mean {nearest}?")
-
-
-def _misspelt_teacher_key(key: str) -> Optional[str]:
-    """The nearest key of the ``teacher`` group; None if `key` is one."""
-    names = [field.name for field in fields(TeacherConfig)]
-    return None if key in [*names, "_target_"] else difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
 
 
 def _check_teacher_batches(config: DictConfig) -> None:
@@ -289,9 +361,13 @@ def _load_config(key: str, path: str, model: DictConfig) -> Any:
     if is_local and not os.path.isdir(local):
         raise ValueError(f"{key}={path} does not exist: give the folder of a Hugging Face checkpoint.")
     try:
-        return AutoConfig.from_pretrained(local, trust_remote_code=model.get("trust_remote_code", False))
+        config = AutoConfig.from_pretrained(local, trust_remote_code=model.get("trust_remote_code", False))
     except (OSError, ValueError) as error:
         raise ValueError(f"{key}={path} is not a Hugging Face checkpoint that can be read: {error}") from error
+    for name, value in (model.get("override_config", None) or {}).items():  # as VERL does before it loads the model
+        if hasattr(config, name):
+            setattr(config, name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
+    return config
 
 
 def _vocabulary(path: str, model: DictConfig) -> dict[str, int]:
@@ -323,32 +399,3 @@ def _check_tokenizers(config: DictConfig, student: Any, teacher: Any) -> None:
                 f"{key} has vocab_size={size}, fewer than the tokenizer's {max(ours.values()) + 1} ids: "
                 "give a checkpoint whose embedding covers its tokenizer."
             )
-
-
-def _check_linear_head(key: str, path: str, model: Any, fallback: str) -> None:
-    text = model.get_text_config()
-    for name in _HEAD_TRANSFORMS:
-        value = getattr(text, name, None)
-        if value is not None and value != 1.0:
-            raise ValueError(
-                f"{key}={path} has {name}={value}: its head does more than a matrix product, which hidden states "
-                f"cannot reproduce. Set {fallback}."
-            )
-
-
-def _check_fused_head(config: DictConfig, student: Any) -> None:
-    """What a head that never makes logits cannot serve, besides a head that is not linear."""
-    dense = "actor_rollout_ref.actor.policy_loss.distillation_head=dense"
-    path, model = config.actor_rollout_ref.model.path, config.actor_rollout_ref.model
-    _check_linear_head("actor_rollout_ref.model.path", path, student, dense)
-    if OmegaConf.select(config, "actor_rollout_ref.actor.calculate_sum_pi_squared"):
-        raise ValueError(
-            f"actor_rollout_ref.actor.calculate_sum_pi_squared=True needs the student's logits: set it to False, or "
-            f"set {dense}."
-        )
-    targets = model.get("target_modules", None)
-    if model.get("lora_rank", 0) and targets and "lm_head" in targets:
-        raise ValueError(
-            f"actor_rollout_ref.model.target_modules={targets} adapts lm_head, which then is no plain matrix product: "
-            f"leave lm_head out, or set {dense}."
-        )

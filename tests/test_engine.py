@@ -27,7 +27,18 @@ from pathlib import Path
 import pytest
 import torch
 from arithmetic import tiny_model
-from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
+from engine_process import DENSE
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 PURE = "actor_rollout_ref.actor.policy_loss.loss_mode=on_policy_distillation"
 HYBRID = "actor_rollout_ref.actor.policy_loss.loss_mode=hybrid_rl_distillation"
@@ -59,6 +70,26 @@ def biased(path, seed):
     return str(path)
 
 
+TRANSFORMED = {
+    "gemma2": lambda sizes: Gemma2ForCausalLM(Gemma2Config(final_logit_softcapping=3.0, head_dim=8, **sizes)),
+    "cohere": lambda sizes: CohereForCausalLM(CohereConfig(logit_scale=0.3, **sizes)),
+    "granite": lambda sizes: GraniteForCausalLM(GraniteConfig(logits_scaling=4.0, **sizes)),
+}
+
+
+def transformed(path, family, seed):
+    """An untrained checkpoint whose model does something to the logits after the product of its head."""
+    tiny_model(path)  # the tokenizer
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 258, "max_position_embeddings": 128, "tie_word_embeddings": True}
+    model = TRANSFORMED[family](sizes | {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257})
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20.0)
+    model.save_pretrained(path)
+    return str(path)
+
+
 def make_batch(seed=0):
     rng = random.Random(seed)
     rows = []
@@ -68,13 +99,20 @@ def make_batch(seed=0):
         mask = [1] + [rng.randrange(2) for _ in response[1:]]  # zeros inside, as tool outputs have
         old_log_prob = [rng.uniform(-6, -4) for _ in response]
         advantage = [rng.uniform(-1, 1) for _ in response]
+        ref_log_prob = [rng.uniform(-6, -4) for _ in response]
         rows.append(
-            {"prompt": prompt, "response": response, "mask": mask, "old_log_prob": old_log_prob, "advantage": advantage}
+            {
+                "prompt": prompt,
+                "response": response,
+                "mask": mask,
+                "old_log_prob": old_log_prob,
+                "advantage": advantage,
+                "ref_log_prob": ref_log_prob,
+            }
         )
     return rows
 
 
-DENSE = f"{LOSS}.distillation_head=dense"
 CASES = {
     "reverse_kl": (PURE, f"{MICRO}=4"),
     "dense": (PURE, f"{MICRO}=4", DENSE),
@@ -131,6 +169,15 @@ CASES = {
     "hybrid_only_rl": (HYBRID, f"{MICRO}=4", DENSE, f"{LOSS}.hybrid_lambda_distill=0"),
     "hybrid_only_distill": (HYBRID, f"{MICRO}=4", DENSE, f"{LOSS}.hybrid_lambda_rl=0"),
     "vanilla": (f"{LOSS}.loss_mode=vanilla", f"{MICRO}=4"),
+}
+WITH_ENTROPY_AND_KL = (
+    "actor_rollout_ref.actor.entropy_coeff=0.1",
+    "actor_rollout_ref.actor.use_kl_loss=True",
+    "actor_rollout_ref.actor.kl_loss_coef=0.2",
+)
+CASES |= {
+    "hybrid_half_rl": (HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_rl=0.5", *WITH_ENTROPY_AND_KL),
+    "vanilla_entropy_and_kl": (f"{LOSS}.loss_mode=vanilla", f"{MICRO}=4", *WITH_ENTROPY_AND_KL),
 }
 BF16 = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"  # VERL's default
 LORA = ("actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora_alpha=8")
@@ -193,6 +240,11 @@ def checkpoints(tmp_path_factory):
         "tied_teacher": sharpened(folder / "tied_teacher", hidden=64, layers=1, tied=True, seed=4),
         "biased_student": biased(folder / "biased_student", seed=6),
         "biased_teacher": biased(folder / "biased_teacher", seed=7),
+        **{
+            f"{family}_{side}": transformed(folder / f"{family}_{side}", family, seed)
+            for family in TRANSFORMED
+            for side, seed in (("student", 8), ("teacher", 9))
+        },
         "padded_teacher": sharpened(folder / "padded_teacher", hidden=64, layers=1, vocab_size=320, seed=5),
     }
 
@@ -216,6 +268,10 @@ def one_rank(checkpoints, batch, tmp_path_factory):
         | with_models(LORA_CASES, checkpoints["student"], checkpoints["teacher"])
         | with_models(BIAS, checkpoints["biased_student"], checkpoints["biased_teacher"])
     )
+    for family in TRANSFORMED:
+        overrides = {family: (PURE, f"{MICRO}=4"), f"{family}_hybrid": (HYBRID, f"{MICRO}=4")}
+        overrides[f"dense_{family}_hybrid"] = (*overrides[f"{family}_hybrid"], DENSE)
+        cases |= with_models(overrides, checkpoints[f"{family}_student"], checkpoints[f"{family}_teacher"])
     return run_workers(tmp_path_factory.mktemp("one_rank"), "one", cases, batch, world_size=1)
 
 
@@ -311,16 +367,26 @@ def test_a_padded_teacher_vocabulary_is_cut_to_the_shared_prefix(one_rank, check
 
 def test_bf16_payload_is_within_its_rounding(one_rank):
     exact, rounded = one_rank["reverse_kl"], one_rank["bf16_payload"]
-    assert rounded["payload"] == (torch.bfloat16, 64)
+    assert rounded["payload"][:2] == (torch.bfloat16, 64)
     assert rounded["loss"] == pytest.approx(exact["loss"], rel=2e-2)
     assert rounded["loss"] != exact["loss"]  # or the payload was not rounded at all
     assert_same_gradients(rounded["gradients"], exact["gradients"], tolerance=2e-2)
 
 
-def test_the_payload_holds_response_positions_only(one_rank, checkpoints):
-    assert one_rank["reverse_kl"]["payload"] == (torch.float32, 64)  # the teacher's hidden size
+def test_the_payload_holds_the_tokens_of_the_loss_only(one_rank, checkpoints, batch):
+    num_tokens = sum(sum(row["mask"]) for row in batch)
+    assert num_tokens < sum(len(row["mask"]) for row in batch)  # some are masked
     vocab = AutoModelForCausalLM.from_pretrained(checkpoints["teacher"]).config.vocab_size
-    assert one_rank["logits_payload"]["payload"] == (torch.float32, vocab)
+    for case, width in (("reverse_kl", 64), ("logits_payload", vocab)):  # 64: the teacher's hidden size
+        num_bytes = num_tokens * width * 4
+        assert one_rank[case]["payload"] == (torch.float32, width, num_bytes, num_bytes)
+
+
+@pytest.mark.parametrize("case", ["reverse_kl", "gkd_tempered", "hybrid_entropy", "packed"])
+def test_a_forward_without_a_backward_gives_the_same_loss_and_its_columns(case, one_rank):
+    forward = one_rank[case]["forward_only"]
+    assert forward["loss"] == pytest.approx(one_rank[case]["loss"], rel=1e-6)
+    assert {"divergence", "reverse_kl", "forward_kl", "student_entropy", "teacher_entropy"} <= set(forward["columns"])
 
 
 @pytest.mark.parametrize("case", ["micro_batch_1", "dynamic", "packed", "gradient_checkpointing"])
@@ -352,6 +418,13 @@ def test_an_output_layer_with_a_bias(one_rank, checkpoints, batch):
     assert_same_gradients(one_rank["bias"]["gradients"], gradients, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("family", TRANSFORMED)
+def test_capped_and_scaled_logits(family, one_rank, checkpoints, batch):
+    loss, gradients = direct(checkpoints[f"{family}_student"], checkpoints[f"{family}_teacher"], batch)
+    assert one_rank[family]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert_same_gradients(one_rank[family]["gradients"], gradients, tolerance=1e-5)
+
+
 def test_an_adapted_student_has_gradients_at_its_adapters_only(one_rank):
     names = one_rank["lora"]["gradients"].keys()
     assert names and all("lora_" in name for name in names)
@@ -372,6 +445,9 @@ def test_an_adapted_student_has_gradients_at_its_adapters_only(one_rank):
         ("lora_hybrid", "dense_lora_hybrid"),
         ("bias", "dense_bias"),
         ("bias_hybrid", "dense_bias_hybrid"),
+        ("gemma2_hybrid", "dense_gemma2_hybrid"),
+        ("cohere_hybrid", "dense_cohere_hybrid"),
+        ("granite_hybrid", "dense_granite_hybrid"),
     ],
 )
 def test_a_fused_head_gives_the_dense_heads_loss_metrics_and_gradients(fused, dense, one_rank):
@@ -430,3 +506,17 @@ def test_hybrid_is_the_weighted_sum(one_rank):
         for parameter in one_rank["hybrid"]["gradients"]
     }
     assert_same_gradients(one_rank["hybrid"]["gradients"], expected, tolerance=1e-5)
+
+
+def test_the_weight_of_rl_leaves_entropy_bonus_and_reference_kl_alone(one_rank):
+    """RL's weight is 0.5; the two other terms keep their own coefficients, as in VERL's run without distillation."""
+    parts = {"vanilla_entropy_and_kl": 1.0, "vanilla": -0.5, "reverse_kl": 1.0}
+    hybrid = one_rank["hybrid_half_rl"]
+    loss = sum(weight * one_rank[name]["loss"] for name, weight in parts.items())
+    assert hybrid["loss"] == pytest.approx(loss, rel=1e-5)
+    expected = {
+        parameter: sum(weight * one_rank[name]["gradients"][parameter] for name, weight in parts.items())
+        for parameter in hybrid["gradients"]
+    }
+    assert_same_gradients(hybrid["gradients"], expected, tolerance=1e-5)
+    assert {"kl_loss", "actor/entropy_loss"} <= hybrid["metrics"].keys()

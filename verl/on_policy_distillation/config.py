@@ -1,0 +1,267 @@
+# Copyright 2026 Bytedance Ltd. and/or its affiliates
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The configuration of on-policy distillation: one frozen object per group. Every default stands here.
+
+- `DistillationLossConfig`: the keys of ``actor.policy_loss`` that the two losses read.
+- `TeacherConfig`: the ``teacher`` group of VERL's trainer.
+"""
+
+import difflib
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, Optional
+
+from verl.base_config import BaseConfig
+from verl.on_policy_distillation.divergence import DIVERGENCES, DivergenceSpec
+from verl.workers.config import ActorConfig, FSDPEngineConfig, HFModelConfig, PolicyLossConfig
+
+__all__ = [
+    "HYBRID",
+    "PURE",
+    "RL_TERM",
+    "TEACHER_PAYLOADS",
+    "DistillationLossConfig",
+    "DistillationPolicyLossConfig",
+    "TeacherConfig",
+    "is_distillation_loss",
+    "misspelt_loss_key",
+    "misspelt_teacher_key",
+]
+
+logger = logging.getLogger(__name__)
+
+PURE = "on_policy_distillation"
+HYBRID = "hybrid_rl_distillation"
+RL_TERM = "hybrid_rl_distillation_rl_term"  # what VERL's `ppo_loss` calls in hybrid mode; no loss for users to name
+
+TEACHER_PAYLOADS = ("hidden_states", "logits")
+
+# What a beta without a type chooses, and the beta that a type without a mixture goes with.
+_TYPE_OF_BETA = {1.0: "reverse_kl", 0.0: "forward_kl"}
+_BETA_OF_TYPE = {"reverse_kl": 1.0, "forward_kl": 0.0}
+_MIXTURES = ("gkd", "skew_reverse_kl")
+
+# Keys that are not near ours in spelling, and what was meant.
+_MEANT = {"temperature": "distillation_temperature"}
+_GONE = {
+    "distillation_head": "the trainer has one path now, the student's head (the former `fused`): leave the key out. "
+    "A trainer of one's own passes student_logits and teacher_logits"
+}
+
+
+def is_distillation_loss(loss_mode: str) -> bool:
+    """Whether `loss_mode` names one of the two losses."""
+    return loss_mode in (PURE, HYBRID)
+
+
+@dataclass
+class DistillationLossConfig(BaseConfig):
+    """The keys of ``policy_loss`` that the two losses read.
+
+    Args:
+        distillation_type (Optional[str]): "reverse_kl", "forward_kl", "gkd" or "skew_reverse_kl" (see
+            verl/on_policy_distillation/divergence.py). None: what `distillation_beta` says, else "reverse_kl".
+        distillation_beta (Optional[float]): weight of the teacher in the mixture of "gkd" and "skew_reverse_kl", in
+            [0, 1]. Without a type it chooses the divergence: 1 reverse KL, 0 forward KL, between "gkd". None: 1.0 for
+            the mixtures, which is reverse KL.
+        distillation_temperature (float): softmax temperature of both sides, positive and finite.
+        hybrid_lambda_rl (float): weight of the policy-gradient term in the hybrid loss, not negative.
+        hybrid_lambda_distill (float): weight of the divergence in the hybrid loss, not negative.
+        hybrid_rl_loss_mode (str): the registered policy loss that is the RL term of the hybrid loss.
+    """
+
+    distillation_type: Optional[str] = None
+    distillation_beta: Optional[float] = None
+    distillation_temperature: float = 1.0
+    hybrid_lambda_rl: float = 1.0
+    hybrid_lambda_distill: float = 1.0
+    hybrid_rl_loss_mode: str = "vanilla"
+
+    def __post_init__(self):
+        _check_type_and_beta(self.distillation_type, self.distillation_beta)
+        for name in ("distillation_temperature", "hybrid_lambda_rl", "hybrid_lambda_distill"):
+            _require_finite_number(name, getattr(self, name))
+        if self.distillation_temperature <= 0.0:
+            raise ValueError(
+                f"distillation_temperature={self.distillation_temperature} is not positive: "
+                "1.0 compares the distributions as they are."
+            )
+        for name in ("hybrid_lambda_rl", "hybrid_lambda_distill"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative: weights are 0 or more.")
+        if self.hybrid_lambda_rl == 0.0 and self.hybrid_lambda_distill == 0.0:
+            raise ValueError(
+                "hybrid_lambda_rl=0 and hybrid_lambda_distill=0 leave nothing to train: give one of them a weight."
+            )
+        choices = _rl_losses()
+        if self.hybrid_rl_loss_mode not in choices:
+            raise ValueError(
+                f"hybrid_rl_loss_mode={self.hybrid_rl_loss_mode!r} is no registered RL loss: choose one of {choices}."
+            )
+
+    @classmethod
+    def from_config(cls, config: Any) -> "DistillationLossConfig":
+        """Read None (all defaults), a flat mapping, a DictConfig, or an actor config with ``policy_loss`` inside.
+
+        What has been parsed already is returned as it is. Keys of other owners are left alone; a key that is not
+        theirs and looks like ours is refused.
+        """
+        section = policy_loss_section(config)
+        if isinstance(section, DistillationLossConfig):
+            return section
+        names = field_names(cls)
+        given = list(section)  # a VERL config raises AttributeError, not KeyError, on `in`
+        for key in given:
+            # In a flat mapping, with ours beside it, it is somebody else's.
+            if section is not config or _MEANT.get(str(key)) not in given:
+                refuse_unknown_loss_key(str(key), section[key])
+        if section is not config and (stray := [name for name in names if name in list(config or ())]):
+            raise ValueError(f"{stray[0]}={config[stray[0]]!r} stands beside policy_loss: move it into policy_loss.")
+        return cls(**{name: section[name] for name in names if name in given})
+
+    @property
+    def divergence(self) -> DivergenceSpec:
+        """Which divergence, with the documented meaning of a type or a beta that is not given."""
+        kind, beta = self.distillation_type, self.distillation_beta
+        if kind is None:
+            kind = "reverse_kl" if beta is None else _TYPE_OF_BETA.get(float(beta), "gkd")
+        if beta is None:
+            beta = _BETA_OF_TYPE.get(kind, 1.0)
+            if kind in _MIXTURES:
+                _warn_of_default_beta(kind)
+        return DivergenceSpec(kind, float(beta), float(self.distillation_temperature))
+
+
+@dataclass
+class DistillationPolicyLossConfig(DistillationLossConfig, PolicyLossConfig):
+    """VERL's ``policy_loss`` group with the keys of the two losses."""
+
+
+@dataclass
+class TeacherConfig(BaseConfig):
+    """A frozen teacher that scores the student's sequences once per batch.
+
+    Args:
+        model (HFModelConfig): The teacher's checkpoint; ``model.path`` is the one key without a default.
+        fsdp_config (FSDPEngineConfig): How the teacher is sharded. Always forward-only.
+        payload (str): What is kept of the teacher for each response token: "hidden_states" (last hidden states, which
+            the student's head projects with the teacher's output projection, a chunk at a time) or "logits" (the plain
+            reference: every logit, vocab_size / hidden_size times larger).
+        payload_dtype (str): The dtype that the payload is kept in.
+        use_dynamic_bsz (bool): Whether micro-batches are cut by tokens instead of by sequences.
+        micro_batch_size_per_gpu (Optional[int]): Sequences per teacher forward, without dynamic batching.
+        max_token_len_per_gpu (int): Tokens per teacher forward, with dynamic batching.
+        dump_freq (int): Every how many steps the KL of single tokens is written; -1 never.
+        dump_dir (Optional[str]): The folder for it, on the machine of each worker.
+        dump_size (int): Sequences per rank and dump.
+    """
+
+    model: HFModelConfig = field(default_factory=BaseConfig)
+    fsdp_config: FSDPEngineConfig = field(default_factory=FSDPEngineConfig)
+    payload: str = "hidden_states"
+    payload_dtype: str = "bfloat16"
+    use_dynamic_bsz: bool = False
+    micro_batch_size_per_gpu: Optional[int] = None
+    max_token_len_per_gpu: int = 16384
+    dump_freq: int = -1
+    dump_dir: Optional[str] = None
+    dump_size: int = 16
+
+
+def field_names(config_class: type) -> tuple[str, ...]:
+    """The keys of a group, without VERL's ``_target_``."""
+    return tuple(item.name for item in fields(config_class) if item.name != "_target_")
+
+
+def policy_loss_section(config: Any) -> Mapping:
+    """The mapping that holds our keys: `config` itself, or its ``policy_loss`` where that is a mapping.
+
+    In the flat dictionaries of the user guide ``policy_loss`` is the name of the loss, a string.
+    """
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"config is a {type(config).__name__}: pass None, a dict, a DictConfig or VERL's ActorConfig instead."
+        )
+    section = config.get("policy_loss", None)
+    return section if isinstance(section, Mapping) else config
+
+
+@cache  # a loss of a custom trainer asks for every key of its configuration at every call
+def misspelt_loss_key(key: str) -> Optional[str]:
+    """The field of `DistillationLossConfig` that `key` stands for; None if it is one, or VERL's, or like none."""
+    names = field_names(DistillationLossConfig)
+    if key in (*names, *field_names(PolicyLossConfig), *field_names(ActorConfig)):
+        return None
+    if key in _MEANT:
+        return _MEANT[key]
+    cutoff = 0.0 if key.startswith(("distil", "hybrid_")) else 0.8
+    return next(iter(difflib.get_close_matches(key, names, n=1, cutoff=cutoff)), None)
+
+
+def misspelt_teacher_key(key: str) -> Optional[str]:
+    """The nearest key of the ``teacher`` group; None if `key` is one."""
+    names = field_names(TeacherConfig)
+    return None if key in (*names, "_target_") else difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+
+
+def refuse_unknown_loss_key(key: str, value: Any) -> None:
+    """Raise ValueError for a key of ``policy_loss`` that is gone, or that looks like ours and is not."""
+    if key in _GONE:
+        raise ValueError(f"{key}={value!r} is not a key any more: {_GONE[key]}.")
+    if nearest := misspelt_loss_key(key):
+        raise ValueError(f"{key}={value!r} is not a key of these losses: did you mean {nearest}?")
+
+
+def _check_type_and_beta(kind: Any, beta: Any) -> None:
+    if kind is not None and kind not in list(DIVERGENCES):  # a list, as what was given may not be hashable
+        raise ValueError(f"distillation_type={kind!r} is not a divergence: choose one of {list(DIVERGENCES)}.")
+    if beta is None:
+        return
+    _require_finite_number("distillation_beta", beta)
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(
+            f"distillation_beta={beta} is outside [0, 1]: with distillation_type=gkd, "
+            "0 is forward KL and 1 is reverse KL."
+        )
+    if kind in _BETA_OF_TYPE and beta != _BETA_OF_TYPE[kind]:
+        raise ValueError(
+            f"distillation_type={kind} and distillation_beta={beta} contradict each other: {kind} is beta "
+            f"{_BETA_OF_TYPE[kind]}. Leave one of them out, or set distillation_type=gkd to mix."
+        )
+
+
+@cache  # once a process
+def _warn_of_default_beta(kind: str) -> None:
+    logger.warning(
+        "distillation_type=%s without distillation_beta: the documented default 1.0 is used, which is reverse KL. "
+        "Set distillation_beta between 0 and 1 to mix.",
+        kind,
+    )
+
+
+def _rl_losses() -> list[str]:
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY  # imports this module when it is done
+
+    return [name for name in POLICY_LOSS_REGISTRY if name not in (PURE, HYBRID, RL_TERM)]
+
+
+def _require_finite_number(name: str, value: Any) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:  # not math.isfinite, which huge integers overflow
+        raise ValueError(f"{name}={value!r} is not a finite number: give it as a float, for example {name}=1.0.")

@@ -1,0 +1,280 @@
+# Copyright 2026 Bytedance Ltd. and/or its affiliates
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Per-token columns become losses and metrics. No function here keeps anything between two calls.
+
+Two callers share the first half: the registered policy losses (``verl/trainer/ppo/on_policy_distillation.py``), which
+are given logits, and the training engine, whose forward has ended in columns. The second half is the engine's:
+
+- `head_columns` says which columns the student's head has to make for a micro-batch;
+- `actor_loss` is what VERL's worker calls with them.
+
+Aggregation is VERL's `agg_loss`, normalised over the global batch, so that gradients do not depend on how a batch is
+split into micro-batches or over ranks.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+
+from verl.on_policy_distillation.config import HYBRID, PURE, RL_TERM, DistillationLossConfig
+from verl.on_policy_distillation.divergence import DivergenceSpec, LogitSource, TokenDivergence
+from verl.on_policy_distillation.head import LinearLogits, divergence_of_head, tokens_of_head
+from verl.on_policy_distillation.tokens import TokenPlan, padded_response_mask, plan_tokens, response_rows
+from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, register_policy_loss
+from verl.utils import tensordict_utils as tu
+from verl.utils.metric import AggregationType, Metric
+from verl.workers.config import ActorConfig
+from verl.workers.utils.losses import ppo_loss
+
+__all__ = [
+    "HeadColumns",
+    "actor_loss",
+    "aggregate",
+    "distillation_metrics",
+    "global_batch_info",
+    "head_columns",
+    "require_distributions",
+    "token_weights",
+    "weighted_rl_loss",
+]
+
+# The student's and the teacher's logits of the n tokens of a plan -> named columns (n,), with their graph.
+HeadColumns = Callable[[LinearLogits, LogitSource], dict[str, torch.Tensor]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# of both callers
+
+
+def global_batch_info(config: Any) -> dict[str, Any]:
+    """dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, where a trainer has put them."""
+    return dict(config.get("global_batch_info", None) or {}) if isinstance(config, Mapping) else {}
+
+
+def aggregate(
+    divergence: torch.Tensor, mask: torch.Tensor, loss_agg_mode: str, batch_info: dict[str, Any]
+) -> torch.Tensor:
+    """One number, as VERL's `agg_loss` makes it, of the divergences (n,) of the nonzero entries of `mask`."""
+    if divergence.numel() == 0:  # a mean over nothing is NaN; keep the graph, so that backward gives zeros
+        return divergence.sum()
+    grid = divergence.new_zeros(mask.shape).masked_scatter(mask, divergence)
+    return agg_loss(loss_mat=grid, loss_mask=mask, loss_agg_mode=loss_agg_mode, **batch_info)
+
+
+def token_weights(mask: torch.Tensor, loss_agg_mode: str, batch_info: dict[str, Any]) -> torch.Tensor:
+    """What `loss_agg_mode` multiplies each token's divergence by, before any is known.
+
+    VERL's `agg_loss` is linear in the tokens' losses, so its gradient is their weights.
+
+    Args:
+        mask: (batch, tokens); nonzero marks the n response tokens.
+        loss_agg_mode, batch_info: as `agg_loss` takes them.
+
+    Returns:
+        (n,) float32, in the order of the mask's nonzero entries.
+    """
+    mask = mask != 0
+    with torch.enable_grad():
+        divergence = torch.ones(int(mask.sum()), device=mask.device, requires_grad=True)
+        return torch.autograd.grad(aggregate(divergence, mask, loss_agg_mode, batch_info), divergence)[0]
+
+
+def require_distributions(tokens: TokenDivergence) -> None:
+    """Refuse response tokens where one side is no distribution, instead of training on NaN.
+
+    The entropy of a side depends on that side alone, so it says whose fault it is.
+    """
+    bad = torch.stack((tokens.teacher_entropy, tokens.student_entropy)).isnan().sum(-1).tolist()
+    for name, count in zip(("teacher_logits", "student_logits"), bad, strict=True):
+        if count:
+            raise ValueError(
+                f"{name} have NaN, +inf or nothing but -inf at {count} of {len(tokens.divergence)} response tokens: "
+                "find where the model's forward overflows; bfloat16 and float32 have the range that float16 lacks."
+            )
+
+
+def distillation_metrics(tokens: TokenDivergence, loss: torch.Tensor) -> dict[str, float]:
+    """Means over response tokens, in nats; zeros when there are none. `loss` as aggregated, before any weight."""
+    names = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement")
+    columns = torch.stack([getattr(tokens, name) for name in names]).detach()  # (5, n)
+    means = columns.sum(-1) / max(columns.shape[-1], 1)
+    values = torch.cat((loss.detach().reshape(1).to(means.dtype), means)).tolist()
+    keys = ("loss", "kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement")
+    return {f"distillation/{key}": value for key, value in zip(keys, values, strict=True)}
+
+
+def weighted_rl_loss(
+    settings: DistillationLossConfig, response_mask: torch.Tensor, log_prob: torch.Tensor, **arguments: Any
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """``hybrid_lambda_rl`` times the policy loss that ``hybrid_rl_loss_mode`` names, and that loss's metrics.
+
+    Args:
+        arguments: the other arguments of VERL's policy losses.
+
+    Returns:
+        A weight of zero, or a mask without tokens, gives exactly zero, with the metrics' names all the same.
+    """
+    is_empty = not (response_mask != 0).any()
+    loss, metrics = get_policy_loss_fn(settings.hybrid_rl_loss_mode)(
+        response_mask=torch.ones_like(response_mask) if is_empty else response_mask, log_prob=log_prob, **arguments
+    )
+    if is_empty:
+        # Of no tokens VERL's losses are NaN or an error. Their metrics' names are wanted all the same: VERL combines
+        # ranks only if each has counted the same metrics in every micro-batch.
+        return _zero_like(log_prob), {name: 0.0 for name in metrics}
+    if settings.hybrid_lambda_rl == 0.0:
+        return _zero_like(log_prob), metrics
+    return settings.hybrid_lambda_rl * loss, metrics
+
+
+def _zero_like(log_prob: torch.Tensor) -> torch.Tensor:
+    """Zero with the graph of `log_prob`, whose backward gives zeros."""
+    return log_prob.nan_to_num(neginf=0.0, posinf=0.0).sum() * 0.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# of the engine: what the head has to make
+
+
+def head_columns(config: ActorConfig, data: TensorDict, plan: TokenPlan) -> HeadColumns:
+    """What the student's head makes of the micro-batch `data` for the loss that `actor_loss` returns."""
+    return _HEAD_COLUMNS[config.policy_loss.loss_mode](config, data, plan)
+
+
+def _columns_of_pure(config: ActorConfig, data: TensorDict, plan: TokenPlan) -> HeadColumns:
+    """The token weights are known before the forward, so value and gradients take one pass."""
+    weights = token_weights(padded_response_mask(data), config.loss_agg_mode, _batch_info(config, data))
+    return partial(_divergence_columns, spec=config.policy_loss.divergence, weights=weights)
+
+
+def _columns_of_hybrid(config: ActorConfig, data: TensorDict, plan: TokenPlan) -> HeadColumns:
+    """The RL term uses the tokens in ways only it knows: log-probs, and gradients by a second projection."""
+    return partial(
+        _policy_columns,
+        spec=config.policy_loss.divergence,
+        labels=plan.label,
+        temperature=float(data["temperature"]),
+        with_entropy=tu.get_non_tensor_data(data=data, key="calculate_entropy", default=False),
+    )
+
+
+def _divergence_columns(
+    student: LinearLogits, teacher: LogitSource, spec: DivergenceSpec, weights: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    return divergence_of_head(student, teacher, spec, weights)._asdict()
+
+
+def _policy_columns(
+    student: LinearLogits,
+    teacher: LogitSource,
+    spec: DivergenceSpec,
+    labels: torch.Tensor,
+    temperature: float,
+    with_entropy: bool,
+) -> dict[str, torch.Tensor]:
+    policy = tokens_of_head(student, teacher, spec, labels, temperature)
+    entropy = {"entropy": policy.entropy} if with_entropy else {}
+    return {"log_probs": policy.log_prob} | entropy | policy.tokens._asdict()
+
+
+_HEAD_COLUMNS = {PURE: _columns_of_pure, HYBRID: _columns_of_hybrid}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# of the engine: the loss
+
+
+def actor_loss(config: ActorConfig) -> Callable[..., tuple[torch.Tensor, dict[str, Any]]]:
+    """The loss function of the actor's worker, called as VERL calls it: (model_output, data, dp_group).
+
+    ``model_output`` holds the columns of `head_columns`, each nested (batch, prompt and response).
+    """
+    if config.policy_loss.loss_mode == PURE:
+        return partial(_pure_loss, config)
+    rl_config = copy.copy(config)  # shares `global_batch_info`, which `ppo_loss` fills
+    # A frozen configuration: `dataclasses.replace` would check it again, and has no place for `model_config`.
+    object.__setattr__(rl_config, "policy_loss", replace(config.policy_loss, loss_mode=RL_TERM))
+    return partial(_hybrid_loss, config, rl_config)
+
+
+def _pure_loss(
+    config: ActorConfig, model_output: Mapping[str, torch.Tensor], data: TensorDict, dp_group: Any = None
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    tokens = _collect(model_output, plan_tokens(data))
+    require_distributions(tokens)
+    return _divergence_loss(config, tokens, data)
+
+
+def _hybrid_loss(
+    config: ActorConfig,
+    rl_config: ActorConfig,
+    model_output: Mapping[str, torch.Tensor],
+    data: TensorDict,
+    dp_group: Any = None,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """``ppo_loss``, whose policy-gradient term alone is weighted, plus the weighted divergence."""
+    plan, weight = plan_tokens(data), config.policy_loss.hybrid_lambda_distill
+    tokens = _collect(model_output, plan)
+    if weight != 0.0:
+        require_distributions(tokens)
+    log_probs = _with_old_log_probs(model_output["log_probs"], data, plan)
+    loss, metrics = ppo_loss(rl_config, dict(model_output) | {"log_probs": log_probs}, data, dp_group)
+    divergence, distillation = _divergence_loss(config, tokens, data)
+    return (loss + weight * divergence if weight != 0.0 else loss), metrics | distillation
+
+
+@register_policy_loss(RL_TERM)
+def _rl_term(config: ActorConfig, **arguments: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    """What `ppo_loss` finds under the name in `rl_config`."""
+    return weighted_rl_loss(config.policy_loss, config=config, **arguments)
+
+
+def _divergence_loss(
+    config: ActorConfig, tokens: TokenDivergence, data: TensorDict
+) -> tuple[torch.Tensor, dict[str, Metric]]:
+    loss = aggregate(tokens.divergence, padded_response_mask(data), config.loss_agg_mode, _batch_info(config, data))
+    # A sum over micro-batches and a mean over ranks of this share give the mean over the global batch's tokens.
+    share = len(tokens.divergence) * data["dp_size"] / max(data["batch_num_tokens"], 1)
+    metrics = {
+        # `agg_loss` has already normalised the loss by the global batch.
+        name: Metric(AggregationType.SUM, value if name == "distillation/loss" else value * share)
+        for name, value in distillation_metrics(tokens, loss).items()
+    }
+    return loss, metrics
+
+
+def _collect(model_output: Mapping[str, torch.Tensor], plan: TokenPlan) -> TokenDivergence:
+    return TokenDivergence(*(plan.collect(model_output[name]) for name in TokenDivergence._fields))
+
+
+def _batch_info(config: ActorConfig, data: TensorDict) -> dict[str, Any]:
+    info = {name: data[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
+    return info | {"loss_scale_factor": config.loss_scale_factor}
+
+
+def _with_old_log_probs(log_probs: torch.Tensor, data: TensorDict, plan: TokenPlan) -> torch.Tensor:
+    """The nested `log_probs`, with the old ones where ``response_mask`` is zero and nothing was projected.
+
+    The ratio is then one there. Zeros would make it exp(-old log-prob), which may be infinite, and infinity times a
+    mask of zero is NaN.
+    """
+    computed = log_probs.values()
+    old = torch.zeros_like(computed).index_copy(0, response_rows(data), data["old_log_probs"].values().to(computed))
+    is_projected = torch.zeros_like(computed, dtype=torch.bool).index_fill(0, plan.packed_row, True)
+    return torch.nested.nested_tensor_from_jagged(torch.where(is_projected, computed, old), plan.offsets)

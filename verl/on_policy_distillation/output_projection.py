@@ -1,0 +1,241 @@
+# Copyright 2026 Bytedance Ltd. and/or its affiliates
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reads a language model's output projection from its checkpoint, without building the model."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = [
+    "LogitTransform",
+    "OutputProjection",
+    "StoredProjection",
+    "StoredTensor",
+    "checkpoint_folder",
+    "find_output_projection",
+    "logit_transform",
+    "require_readable",
+]
+
+# Untied heads first: a checkpoint that holds one uses it, whatever else it holds.
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+
+
+# What Hugging Face configurations do to the product of a head, by the name of the setting.
+_SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")  # cap * tanh(logits / cap)
+_FACTORS = ("logit_scale", "lm_head_multiplier")  # logits * factor
+_DIVISORS = ("logits_scaling",)  # logits / divisor, Granite and its kind
+_MULTIPLIES_BY_DIVISOR = ("hyperclovax",)  # model types that multiply by a setting of that name
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to the product of its head: times `scale`, then softcap * tanh(logits / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def logit_transform(text_config: Any) -> LogitTransform:
+    """Read a language model's transform from its Hugging Face (text) configuration."""
+    scale = 1.0
+    for name in _FACTORS:
+        scale *= _setting(text_config, name, 1.0)
+    for name in _DIVISORS:
+        value = _setting(text_config, name, 1.0)
+        scale *= value if text_config.model_type in _MULTIPLIES_BY_DIVISOR else 1.0 / value
+    caps = [cap for name in _SOFTCAPS if (cap := _setting(text_config, name, None)) is not None]
+    return LogitTransform(scale, caps[0] if caps else None)
+
+
+def _setting(text_config: Any, name: str, default: Any) -> Any:
+    value = getattr(text_config, name, None)
+    return default if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class OutputProjection:
+    """logits = softcap * tanh(scale * (hidden @ `weight` (V, H).T + `bias` (V,)) / softcap)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint: the file that holds it, and its name there."""
+
+    file: str
+    name: str
+
+    def read(self) -> torch.Tensor:
+        if self.file.endswith(".safetensors"):
+            with _open_safetensors(self.file) as file:
+                return file.get_tensor(self.name)
+        return torch.load(self.file, map_location="cpu", weights_only=True, mmap=True)[self.name]
+
+
+@dataclass(frozen=True)
+class StoredProjection:
+    """Where a checkpoint keeps its output projection."""
+
+    weight: StoredTensor
+    bias: StoredTensor | None
+
+    def load(
+        self, device: torch.device | str, dtype: torch.dtype, transform: LogitTransform | None = None
+    ) -> OutputProjection:
+        """Read weight (V, H) and bias (V,) onto `device` in `dtype`; `transform` is what follows the product."""
+        weight = self.weight.read().to(device=device, dtype=dtype)
+        bias = None if self.bias is None else self.bias.read().to(device=device, dtype=dtype)
+        transform = transform or LogitTransform()
+        return OutputProjection(weight, bias, transform.scale, transform.softcap)
+
+
+def checkpoint_folder(path: str) -> str:
+    """`path` itself if it is a folder, else the local snapshot of the Hugging Face Hub repository of that name."""
+    if os.path.isdir(path):
+        return path
+    from huggingface_hub import snapshot_download
+
+    # Older repositories hold their weights twice; the .bin files are fetched only where there is nothing else.
+    folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
+    if any(name.endswith(".safetensors") for name in os.listdir(folder)):
+        return folder
+    return snapshot_download(path, allow_patterns=["*.json", "*.bin"])
+
+
+def find_output_projection(checkpoint: str, tied: bool) -> StoredProjection:
+    """Locate the output projection in the Hugging Face checkpoint folder `checkpoint` (safetensors or .bin).
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        tied: whether the model's configuration ties the projection to the input embedding.
+
+    Raises:
+        ValueError: when no tensor of the checkpoint is recognisably the output projection.
+    """
+    files = _tensor_files(checkpoint)
+    suffixes = _EMBEDDINGS if tied else _HEADS
+    weight = _first(files, suffixes)
+    if weight is None:
+        raise ValueError(
+            f"teacher.model.path={checkpoint} has no output projection under a known name "
+            f"({', '.join(suffixes)}): set teacher.payload=logits, which lets the teacher run its own head."
+        )
+    head = _first(files, _HEADS)
+    if tied and head is not None:
+        _require_equal(checkpoint, StoredTensor(files[weight], weight), StoredTensor(files[head], head))
+    bias = weight.removesuffix("weight") + "bias"
+    has_bias = not tied and bias in files
+    return StoredProjection(StoredTensor(files[weight], weight), StoredTensor(files[bias], bias) if has_bias else None)
+
+
+def _first(names: Iterable[str], suffixes: tuple[str, ...]) -> str | None:
+    """The first of `names` that ends with the first of `suffixes` that any ends with."""
+    return next((name for suffix in suffixes for name in names if _ends_with(name, suffix)), None)
+
+
+def _require_equal(checkpoint: str, embedding: StoredTensor, head: StoredTensor) -> None:
+    """Versions of transformers differ in which of two different tensors a tied model gets."""
+    rows, others = embedding.read(), head.read()
+    if rows.shape == others.shape and not torch.equal(rows, others):  # of another shape it is no head
+        raise ValueError(
+            f"teacher.model.path={checkpoint} has tie_word_embeddings=True and a {head.name} that is not its "
+            f"{embedding.name}: set tie_word_embeddings to what the model is in its config.json, or set "
+            "teacher.payload=logits, which lets the teacher run its own head."
+        )
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def _tensor_files(checkpoint: str) -> dict[str, str]:
+    """Tensor name -> the file that holds it."""
+    if weight_map := _weight_map(checkpoint):
+        return weight_map
+    [file] = weight_files("teacher.model.path", checkpoint)
+    return dict.fromkeys(_tensor_names(file), file)
+
+
+def _weight_map(checkpoint: str) -> dict[str, str]:
+    """`_tensor_files` of a checkpoint with an index; empty without one."""
+    for name in _INDEXES:
+        path = os.path.join(checkpoint, name)
+        if os.path.exists(path):
+            with open(path) as file:
+                weight_map = json.load(file)["weight_map"]
+            return {tensor: os.path.join(checkpoint, shard) for tensor, shard in weight_map.items()}
+    return {}
+
+
+def weight_files(key: str, checkpoint: str) -> list[str]:
+    """The files with weights of the folder `checkpoint`, which the setting `key` names.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if weight_map := _weight_map(checkpoint):
+        return sorted(set(weight_map.values()))
+    for name in _SINGLES:
+        if os.path.exists(path := os.path.join(checkpoint, name)):
+            return [path]
+    raise ValueError(
+        f"{key}={checkpoint} holds none of {', '.join(_INDEXES + _SINGLES)}: "
+        "point it at a Hugging Face checkpoint folder."
+    )
+
+
+def require_readable(key: str, checkpoint: str) -> None:
+    """Open every weight file of the folder `checkpoint`, which `key` names: its header says how long it should be.
+
+    Raises:
+        ValueError: naming the file that is truncated, missing or unreadable.
+    """
+    for file in weight_files(key, checkpoint):
+        try:
+            _tensor_names(file)
+        except Exception as error:  # each format has errors of its own
+            raise ValueError(
+                f"{key}={checkpoint}: {file} cannot be read ({error}). It may be truncated: copy or download it again."
+            ) from error
+
+
+def _open_safetensors(path: str) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(path, framework="pt")
+
+
+def _tensor_names(path: str) -> list[str]:
+    if path.endswith(".safetensors"):
+        with _open_safetensors(path) as file:
+            return list(file.keys())
+    return list(torch.load(path, map_location="meta", weights_only=True, mmap=True))

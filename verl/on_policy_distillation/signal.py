@@ -1,0 +1,107 @@
+# Copyright 2026 Bytedance Ltd. and/or its affiliates
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a teacher says of the student's tokens: its bytes, and the logits that it stands for.
+
+A `Signal` covers the n supervised tokens of a micro-batch. `SignalStore` keeps what was said of whole samples in the
+host memory of this process, under row ids: only the ids travel between a teacher's scoring and the student's update.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from verl.on_policy_distillation.divergence import DenseLogits, LogitSource
+from verl.on_policy_distillation.head import LinearLogits
+from verl.on_policy_distillation.output_projection import OutputProjection
+
+__all__ = ["HiddenStates", "Logits", "Signal", "SignalStore"]
+
+_IDS_PER_RANK = 1 << 40
+
+
+class Signal(Protocol):
+    """What a teacher says of n tokens."""
+
+    def logits(self) -> LogitSource:
+        """(n, V), read a chunk at a time."""
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Last hidden states `values` (n, H), projected by the teacher's own output projection when they are read."""
+
+    values: torch.Tensor
+    projection: OutputProjection
+
+    def logits(self) -> LinearLogits:
+        projection = self.projection
+        return LinearLogits(self.values, projection.weight, projection.bias, projection.scale, projection.softcap)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The logits themselves, `values` (n, V)."""
+
+    values: torch.Tensor
+
+    def logits(self) -> DenseLogits:
+        return DenseLogits(self.values)
+
+
+class SignalStore:
+    """Rows (tokens, width) of samples in host memory, by row id.
+
+    Ids never repeat, and ranks of different data-parallel rank never share one, so an id from another step or another
+    rank is an error and not another sample's rows.
+
+    Args:
+        rank: the data-parallel rank; ranks that hold the same samples share it.
+    """
+
+    def __init__(self, rank: int):
+        self._next = rank * _IDS_PER_RANK
+        self._rows: dict[int, torch.Tensor] = {}
+
+    def new_ids(self, samples: int) -> torch.Tensor:
+        """Ids that no sample has had, (samples,) int64."""
+        first, self._next = self._next, self._next + samples
+        return torch.arange(first, self._next)
+
+    def put(self, ids: torch.Tensor, samples: Sequence[torch.Tensor]) -> None:
+        """Keep the rows (tokens, width) of each of the samples `ids`; a sample may have none."""
+        self._rows.update(zip(ids.tolist(), samples, strict=True))
+
+    def get(self, ids: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+        """The rows of the samples `ids` (batch,), one sample after the other, on `device`.
+
+        Raises:
+            KeyError: an id of another rank, or of a step whose rows were released.
+        """
+        wanted = ids.tolist()
+        if missing := [row for row in wanted if row not in self._rows]:
+            raise KeyError(
+                f"{len(missing)} of {len(wanted)} samples have no teacher signal in this process (row {missing[0]}): "
+                "scoring and update must see the same samples on the same rank, in one step."
+            )
+        return torch.cat([self._rows[row] for row in wanted]).to(device)
+
+    def num_bytes(self, ids: torch.Tensor) -> torch.Tensor:
+        """What is kept of each of the samples `ids`, (batch,) int64."""
+        return torch.tensor([self._rows[row].nbytes for row in ids.tolist()], dtype=torch.int64)
+
+    def release(self) -> None:
+        """Forget all rows."""
+        self._rows.clear()
