@@ -26,9 +26,8 @@ import torch
 if torch.cuda.is_available():
     pytest.skip("the CPU platform would also reach the other tests of this session", allow_module_level=True)
 
-# VERL reads both while it is imported.
+# VERL reads it while it is imported.
 os.environ["VERL_PLATFORM"] = "cpu"
-os.environ["VERL_USE_EXTERNAL_MODULES"] = "verl.plugin.cpu"
 
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402

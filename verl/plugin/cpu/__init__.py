@@ -1,4 +1,4 @@
-# Copyright 2026 The on-policy-distillation authors
+# Copyright 2026 Bytedance Ltd. and/or its affiliates
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
 # you may not use this file except in compliance with the License.
@@ -15,6 +15,9 @@
 
 Usage::
 
+    # beside VERL, by pip
+    VERL_PLATFORM=cpu python -m verl.trainer.main_on_policy_distillation ...
+    # in a patched VERL
     VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl.plugin.cpu python -m verl.trainer.main_ppo ...
 
 Without ``VERL_PLATFORM=cpu`` it only adds the rollout backend ``hf`` (which generates on the CPU) to VERL.
@@ -28,12 +31,11 @@ VERL imports this module in every process, while ``verl`` itself is still being 
 """
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import os
-import sys
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any
+
+from verl.plugin.after_import import Callback, after_import
 
 from . import platform  # noqa: F401  (registers the platform)
 
@@ -64,7 +66,7 @@ def _register_rollout_replica(replica: ModuleType) -> None:
 
 
 # With an accelerator only the rollout backend is offered, for machines without vLLM or SGLang; VERL stays as it is.
-_AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
+_AFTER_IMPORT: dict[str, Callback] = {
     "verl.workers.rollout.base": _register_rollout,
     "verl.workers.rollout.replica": _register_rollout_replica,
 }
@@ -73,36 +75,5 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == platform.PLATFORM_NAME
         "verl.utils.distributed": _use_plain_gloo,
         "verl.workers.engine.fsdp.transformer_impl": _register_engines,
     }
-
-
-class _AfterImportFinder(importlib.abc.MetaPathFinder):
-    """Finds the modules of ``callbacks`` as usual and runs their callback once they have been executed."""
-
-    def __init__(self, callbacks: dict[str, Callable[[ModuleType], None]]):
-        self._callbacks = callbacks
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname not in self._callbacks:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is None:
-            return None
-        exec_module = spec.loader.exec_module
-
-        def exec_module_then_register(module: ModuleType) -> None:
-            exec_module(module)
-            self._callbacks[fullname](module)
-
-        spec.loader.exec_module = exec_module_then_register
-        return spec
-
-
-def after_import(callbacks: dict[str, Callable[[ModuleType], None]]) -> None:
-    """Call each callback with the module of its name as soon as that has been executed, or now if it has been."""
-    sys.meta_path.insert(0, _AfterImportFinder(callbacks))
-    for name, callback in callbacks.items():
-        if name in sys.modules:
-            callback(sys.modules[name])
-
 
 after_import(_AFTER_IMPORT)

@@ -1,4 +1,4 @@
-# Copyright 2026 The on-policy-distillation authors
+# Copyright 2026 Bytedance Ltd. and/or its affiliates
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
 # you may not use this file except in compliance with the License.

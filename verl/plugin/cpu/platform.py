@@ -1,4 +1,4 @@
-# Copyright 2026 The on-policy-distillation authors
+# Copyright 2026 Bytedance Ltd. and/or its affiliates
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
 # you may not use this file except in compliance with the License.
@@ -44,12 +44,12 @@ def _no_op(*args, **kwargs) -> None:
 
 
 def _build_device_module() -> ModuleType:
-    """``torch.cpu`` plus the calls VERL makes on ``torch.cuda`` that ``torch.cpu`` lacks.
+    """``torch.cpu`` plus the calls that VERL makes on an accelerator's module and ``torch.cpu`` lacks.
 
     A module of its own, so that torch itself stays unpatched. Memory is the resident memory of the process: there is
     no caching allocator that could tell "reserved" from "allocated".
     """
-    module = ModuleType("verl.plugin.cpu.device_module", "torch.cpu with the memory and RNG calls of torch.cuda")
+    module = ModuleType("verl.plugin.cpu.device_module", "torch.cpu with the memory and RNG calls of an accelerator")
     module.__dict__.update({name: getattr(torch.cpu, name) for name in torch.cpu.__all__})
     module.__dict__.update(
         get_device_name=lambda device=None: "CPU",  # the FLOPs counter looks its peak up by this name
