@@ -5,8 +5,9 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "apply_patch.sh"
+SCRIPT = ROOT / "scripts" / "apply_patch.py"
 GUIDE = ROOT / "PATCH_README.md"
+PRESET = ROOT / "verl" / "trainer" / "config" / "policy_loss" / "on_policy_distillation.yaml"
 WIDTH = 120
 
 
@@ -50,60 +51,39 @@ NEW FILES in verl/ ({new_lines} lines)
 
 CHANGED FILES in verl/ (+{added} -{removed} lines)
 {changed}
+and, where they are VERL's own, its four trainer/config/_generated_*.yaml (scripts/generated.patch)
 """
 
 
-def descriptions():
-    """Path, or path of a directory with its slash, to what the tables of PATCH_README.md say of it."""
-    return dict(re.findall(r"^\| `(verl/\S+)` \| (.*) \|$", GUIDE.read_text(encoding="utf-8"), flags=re.MULTILINE))
-
-
-def told_of(name, told):
-    """The row of PATCH_README.md for a file: its own or its directory's."""
-    for path in told:
-        if name == path or (path.endswith("/") and name.startswith(path)):
-            return path
-    raise SummaryError(f"{GUIDE.name}: the tables of files have no row for `{name}`")
-
-
 def file_rows(counts):
-    """A row for each row of PATCH_README.md's tables: lines added and removed, and what is said of it there."""
-    told = descriptions()
+    """A row for each row of PATCH_README.md's tables, a file's or a directory's, with the lines of all its files."""
+    told = dict(re.findall(r"^\| `(verl/\S+)` \| (.*) \|$", GUIDE.read_text(encoding="utf-8"), flags=re.MULTILINE))
     rows = {}
     for name, pair in counts.items():
-        path = told_of(name, told)
+        path = next((path for path in told if name == path or path[-1] == "/" and name.startswith(path)), None)
+        if path is None:
+            raise SummaryError(f"{GUIDE.name}: the tables of files have no row for `{name}`")
         rows[path] = [sum(both) for both in zip(rows.get(path, (0, 0)), pair, strict=True)]
     return column(
-        hanging(
-            f"  {path.removeprefix('verl/'):<51} {f'+{added}':>5} {f'-{removed}' if removed else '':<3}", told[path]
-        )
+        hanging(f"  {path[5:]:<51} {f'+{added}':>5} {f'-{removed}' if removed else '':<3}", told[path])
         for path, (added, removed) in rows.items()
     )
 
 
-def configuration_keys(patch):
-    """(key, default, comment) of what the patch adds to actor.yaml."""
-    section = re.search(r"^\+\+\+ b/verl/trainer/config/actor/actor.yaml\n(.*?)^diff --git ", patch, re.M | re.S)[1]
-    comment, keys = [], []
-    for line in section.split("\n"):
-        if match := re.match(r"\+ +# (.*)", line):
-            comment.append(match[1])
-        elif match := re.match(r"\+ +(\w+): (\S+)$", line):
-            keys.append((match[1], match[2], comment[-1]))
-            comment = []
-    return keys
+def configuration_keys():
+    """(key, default, comment above) of the keys of the two losses."""
+    pattern = r"^((?:# .*\n)+)([a-z]\w*): (\S+)$"
+    found = re.findall(pattern, PRESET.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [(key, default, comment.replace("# ", "").replace("\n", " ").strip()) for comment, key, default in found]
 
 
 def supported(name):
-    return re.search(rf'^supported_{name}="(.*)"$', SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)[1]
-
-
-def size(content):
-    return f"{len(content) / 1024:.0f} KB"
+    """What scripts/apply_patch.py says that the patch is for: "RELEASES" or "BRANCH", as one string."""
+    return re.search(rf'^SUPPORTED_{name} = "(.*)"$', SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 
 def package_row(name, content, what):
-    return f"  {name:<42} {size(content):>7} {content.count(10):>6,}  {what}"
+    return f"  {name:<42} {f'{len(content) / 1024:.0f} KB':>7} {content.count(10):>6,}  {what}"
 
 
 def hanging(head, text):
@@ -123,13 +103,10 @@ def build_summary(patch, counts, created):
     package = [package_row("0001-on-policy-distillation.patch", patch, what)]
     package += [package_row(name, (ROOT / name).read_bytes(), what) for name, what in PACKAGE.items()]
     page = TEMPLATE.format(
-        releases=supported("releases").replace(" ", " and "),
-        branch=supported("branch"),
+        releases=supported("RELEASES").replace(" ", " and "),
+        branch=supported("BRANCH"),
         package=column(package),
-        keys=column(
-            hanging(f"  {key:<25} {default:<11}", comment)
-            for key, default, comment in configuration_keys(patch.decode("utf-8"))
-        ),
+        keys=column(hanging(f"  {key:<25} {default:<11}", comment) for key, default, comment in configuration_keys()),
         new_lines=f"{sum(added for added, _ in new.values()):,}",
         new=file_rows(new),
         added=sum(added for added, _ in changed.values()),

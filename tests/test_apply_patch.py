@@ -1,4 +1,4 @@
-# Copyright 2026 The on-policy-distillation authors
+# Copyright 2026 Bytedance Ltd. and/or its affiliates
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
 # you may not use this file except in compliance with the License.
@@ -16,6 +16,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,14 +26,19 @@ import pytest
 from conftest import ROOT, copy_unpatched_verl
 
 PATCH = ROOT / "0001-on-policy-distillation.patch"
+GENERATED_PATCH = ROOT / "scripts" / "generated.patch"
 SCRIPT = ROOT / "apply_patch.sh"
 TEXT = PATCH.read_text(encoding="utf-8")
 CHANGED = re.findall(r"^--- a/(\S+)$", TEXT, flags=re.MULTILINE)
 NEW = re.findall(r"^--- /dev/null\n\+\+\+ b/(\S+)$", TEXT, flags=re.MULTILINE)
-EDITED = "verl/utils/config.py"  # one of CHANGED
+GENERATED = sorted(set(re.findall(r"^--- a/(\S+)$", GENERATED_PATCH.read_text(encoding="utf-8"), flags=re.MULTILINE)))
+EDITED = "verl/trainer/main_ppo.py"  # one of CHANGED
+ADDED = "    prepare(config)\n"  # by the patch, to EDITED
 # Lines of context below what the patch adds: the second one merges, the first one conflicts.
-CONFLICTS = "    # number of GPUs total\n"
-MERGES = "    n_gpus = config.trainer.n_gpus_per_node * config.trainer.nnodes\n"
+CONFLICTS = "    # Automatically set `config.trainer.device = npu` when running on Ascend NPU.\n"
+MERGES = "    auto_set_device(config)\n"
+# What has to be there besides: the package, its version, and files that are no business of the patch.
+OTHERS = ["verl/__init__.py", "verl/version/version", "verl/protocol.py", "verl/plugin/__init__.py"]
 NOBODY = 65534
 GIT_SETTINGS = {
     "GIT_CONFIG_GLOBAL": os.devnull,
@@ -47,11 +53,21 @@ pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not 
 # trees
 
 
-@pytest.fixture(scope="module")
-def verl(tmp_path_factory):
+@pytest.fixture(scope="session")
+def whole_verl(tmp_path_factory):
     """An unpatched VERL, not to be written to."""
     folder = tmp_path_factory.mktemp("verl")
     copy_unpatched_verl(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def verl(whole_verl, tmp_path_factory):
+    """Its files that the patch touches and a few others, as that is all that the script and git look at."""
+    folder = tmp_path_factory.mktemp("small")
+    for name in [*CHANGED, *GENERATED, *OTHERS]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(whole_verl / name, folder / name)
     return folder
 
 
@@ -59,6 +75,11 @@ def copy_of(verl, folder):
     folder.mkdir(parents=True)
     shutil.copytree(verl / "verl", folder / "verl")
     return folder
+
+
+@pytest.fixture
+def whole_tree(whole_verl, tmp_path):
+    return copy_of(whole_verl, tmp_path / "a whole tree")
 
 
 @pytest.fixture
@@ -152,9 +173,7 @@ def path_without(tmp_path):
     def make(*missing):
         folder = tmp_path / "bin"
         folder.mkdir()
-        for (
-            name
-        ) in "bash sed awk tr head dirname basename mktemp cp cmp rm rmdir mkdir cat wc find env git patch".split():
+        for name in ("bash", "dirname", "env", "git"):
             if name not in missing:
                 (folder / name).symlink_to(shutil.which(name) or pytest.skip(f"{name} is not installed"))
         return {"PATH": str(folder), "PYTHON": sys.executable}
@@ -166,8 +185,12 @@ def path_without(tmp_path):
 def patched(verl, tmp_path_factory):
     """What the patch makes of VERL: by git apply, without the script."""
     folder = copy_of(verl, tmp_path_factory.mktemp("patched") / "tree")
+    hashes = git(verl, "hash-object", "--no-filters", *GENERATED).split()
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
     subprocess.run(["git", "apply", str(PATCH)], cwd=folder, env=environment, check=True)
+    for section in re.split(r"^(?=diff --git )", GENERATED_PATCH.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        if re.search(r"^index (\w+)", section, flags=re.MULTILINE)[1] in hashes:
+            subprocess.run(["git", "apply"], input=section, text=True, cwd=folder, env=environment, check=True)
     return content(folder)
 
 
@@ -183,7 +206,7 @@ def test_patch_goes_on_and_comes_off_byte_for_byte(tree, patched):
     before = content(tree)
     said = apply(tree)
     assert content(tree) == patched
-    assert f"{len(CHANGED)} files changed, {len(NEW)} added" in said
+    assert f"{len(CHANGED) + len(GENERATED)} files changed, {len(NEW)} added" in said
     assert "loss_mode=on_policy_distillation" in said and "--reverse" in said
     # what imports leave behind
     subprocess.run([sys.executable, "-m", "compileall", "-q", str(tree / "verl" / "plugin")], check=True)
@@ -244,7 +267,7 @@ def test_tree_inside_of_another_repository(checkout, verl, patched):
 
 def test_checkout_of_another_user(checkout):
     apply(checkout, environment={"GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"})
-    assert sorted(CHANGED) == git(checkout, "diff", "--name-only").split()
+    assert sorted(CHANGED + GENERATED) == git(checkout, "diff", "--name-only").split()
 
 
 def modes(folder):
@@ -318,9 +341,9 @@ def test_three_way_merges(committed, checkout):
     assert content(checkout) == before
     apply(checkout, "--3way")
     merged = (checkout / EDITED).read_text()
-    assert "nnodes  # mine" in merged and "validate_distillation(config)" in merged
+    assert "auto_set_device(config)  # mine" in merged and ADDED in merged
     assert git(checkout, "ls-files", "--stage") == index
-    assert sorted(CHANGED) == git(checkout, "diff", "--name-only").split()
+    assert sorted(CHANGED + GENERATED) == git(checkout, "diff", "--name-only").split()
     # Plain --reverse finds the changed line in the context of the patch.
     message = refused(checkout, "--reverse")
     assert f"  {EDITED}\n" in message and "Try --3way" in message
@@ -344,8 +367,10 @@ COMMANDS = {"apply": ["apply"], "3way": ["apply", "--3way"], "am": ["am", "-q"],
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_git_takes_the_patch(command, checkout, patched):
+    before = content(checkout)
     git(checkout, *COMMANDS[command], PATCH)
-    assert {name: data for name, data in content(checkout).items() if not name.startswith(".git/")} == patched
+    files = {name: data for name, data in content(checkout).items() if not name.startswith(".git/")}
+    assert files == patched | {name: before[name] for name in GENERATED}
     if "am" not in COMMANDS[command]:
         return
     assert git(checkout, "status", "--porcelain") == ""
@@ -358,6 +383,48 @@ def test_git_takes_the_patch(command, checkout, patched):
     assert "make_patch" not in body and "files changed" not in body
     git(checkout, "revert", "--no-edit", "HEAD")
     assert git(checkout, "diff", "HEAD~2") == ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# VERL's flattened configurations
+
+
+def test_flattened_configuration_of_a_fork_is_left_and_refuses_nothing(tree, patched):
+    own, deleted = tree / GENERATED[0], tree / GENERATED[1]
+    own.write_text(own.read_text().replace("loss_mode: vanilla", "loss_mode: mine"))
+    deleted.unlink()
+    before = content(tree)
+    assert all(name in unchanged(tree, "--check") for name in GENERATED[:2])
+    said = apply(tree)
+    assert re.search(rf"note: left as they are.*: {GENERATED[0]}, {GENERATED[1]}$", said, flags=re.MULTILINE)
+    expected = patched | {GENERATED[0]: before[GENERATED[0]]}
+    del expected[GENERATED[1]]
+    assert content(tree) == expected
+    assert "already" in unchanged(tree)
+    succeed("--reverse", tree)
+    assert content(tree) == before
+
+
+def test_flattened_configuration_that_was_edited_since_loses_the_patch_s_keys(tree):
+    path = tree / GENERATED[0]
+    with open(path, "a") as file:
+        file.write("mine: 1\n")
+    expected = path.read_text()
+    path.write_text(expected.removesuffix("mine: 1\n"))
+    apply(tree)
+    with open(path, "a") as file:
+        file.write("mine: 1\n")
+    succeed("--reverse", tree)
+    assert path.read_text() == expected
+
+
+def test_flattened_configuration_may_have_uncommitted_changes(checkout):
+    with open(checkout / GENERATED[0], "a") as file:
+        file.write("mine: 1\n")
+    before = content(checkout)
+    assert GENERATED[0] in apply(checkout)
+    succeed("--reverse", checkout)
+    assert content(checkout) == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -378,7 +445,7 @@ def test_file_that_is_missing(tree):
 
 def test_edits_inside_of_the_patch_s_lines_stop_the_removal(tree):
     apply(tree)
-    edit(tree, "    validate_distillation(config)\n")
+    edit(tree, ADDED)
     message = refused(tree, "--reverse")
     assert f"  {EDITED}\n" in message and "nothing was changed" in message
 
@@ -435,8 +502,9 @@ def test_read_only_tree(read_only, verl):
     try:
         folder.chmod(0o755)
         tree = copy_of(verl, folder / "tree")
-        for name in ("apply_patch.sh", PATCH.name):
-            shutil.copy(ROOT / name, folder)
+        (folder / "scripts").mkdir()
+        for name in ("apply_patch.sh", PATCH.name, "scripts/apply_patch.py", "scripts/generated.patch"):
+            shutil.copy(ROOT / name, folder / name)
         paths = [path for path in tree.rglob("*") if path.is_dir() == (read_only == "directories")]
         for path in paths:
             path.chmod(path.stat().st_mode & ~0o222)
@@ -452,6 +520,13 @@ def test_read_only_tree(read_only, verl):
             path.chmod(path.stat().st_mode | 0o200)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_file_that_is_a_symbolic_link(tree, tmp_path):
+    (tree / EDITED).rename(tmp_path / "elsewhere.py")
+    (tree / EDITED).symlink_to(tmp_path / "elsewhere.py")
+    assert "is not writable; nothing was changed" in refused(tree, "--no-verify")
+    assert (tree / EDITED).is_symlink()
 
 
 @pytest.mark.parametrize(
@@ -479,9 +554,23 @@ def test_python_without_verl(tmp_path):
     assert done.returncode == 1 and "/missing/python has no VERL" in done.stderr and "PYTHON=" in done.stderr
 
 
+def test_python_that_is_missing_is_not_needed_with_a_target(tree, patched):
+    said = succeed(tree, environment={"PYTHON": "/missing/python"})
+    assert "not verified: there is no /missing/python" in said
+    assert content(tree) == patched
+
+
+def test_no_python_at_all(tree, path_without):
+    environment = path_without() | {"PYTHON": "/missing/python"}
+    assert "no Python 3.8 or later found; nothing was changed" in refused(tree, environment=environment)
+
+
 def test_help_names_every_option():
-    text = succeed("--help")
-    options = set(re.findall(r"^    (?:-\w \| )?(--[\w-]+)[^)\n]*\)", SCRIPT.read_text(), flags=re.MULTILINE))
+    text, source = succeed("--help"), (ROOT / "scripts" / "apply_patch.py").read_text(encoding="utf-8")
+    source = source[source.index("def parse_arguments") : source.index("def run(")]
+    options = set(re.findall(r'"(--[\w-]+)"[^\n]*action="store_true"', source)) | set(
+        re.findall(r'\("(--[\w-]+)"', source)
+    )
     assert {"--check", "--reverse", "--3way", "--any-version", "--no-verify", "--help"} == options
     assert all(option in text for option in options)
     assert max(map(len, text.splitlines())) <= 120
@@ -491,53 +580,71 @@ def test_help_names_every_option():
 # without git; writing that fails
 
 
-def test_without_git_patch_does_the_same(tree, patched, path_without):
-    environment = path_without("git")
-    before = content(tree)
-    assert "the patch applies" in unchanged(tree, "--check", environment=environment)
-    apply(tree, environment=environment)
-    assert content(tree) == patched
-    assert "already" in apply(tree, environment=environment)
-    succeed("--reverse", tree, environment=environment)
-    assert content(tree) == before
-    assert not (tree / "verl" / "plugin" / "cpu").exists()
+def test_without_git(tree, path_without):
+    assert "git is not installed" in refused(tree, environment=path_without("git"))
 
 
-def test_without_git_a_conflict_changes_nothing(tree, path_without):
-    edit(tree)
-    message = refused(tree, environment=path_without("git"))
-    assert f"  {EDITED}\n" in message
-
-
-def test_without_git_and_patch(tree, path_without):
-    assert "neither git nor patch" in refused(tree, environment=path_without("git", "patch"))
+def directions(tree, direction):
+    """The options of a direction, on a tree that it can be taken in."""
+    if direction == "reverse":
+        apply(tree)
+        return ["--reverse"]
+    return []
 
 
 @pytest.mark.parametrize("direction", ["apply", "reverse"])
-def test_writing_that_fails_is_undone(direction, tree, path_without):
-    """A disk that is full, or a signal: git has written and then does not succeed."""
-    if direction == "reverse":
-        apply(tree)
+def test_writing_that_fails_is_undone(direction, tree):
+    """A folder is where the last of VERL's own files is written before it takes its name."""
+    options = directions(tree, direction)
+    path = tree / max(CHANGED)
+    in_the_way = path.with_name(f".{path.name}.partial")
+    in_the_way.mkdir()
+    message = refused(tree, "--no-verify", *options)
+    assert "writing failed; what was written has been undone" in message
+    assert in_the_way.is_dir()
+    in_the_way.rmdir()
+    assert not [path for path in tree.rglob("*.partial")]
+    succeed("--no-verify", *options, tree)
+
+
+@pytest.mark.parametrize("direction", ["apply", "reverse"])
+def test_git_that_fails_changes_nothing(direction, tree, path_without):
+    """git has written and then does not succeed."""
+    options = directions(tree, direction)
     environment = path_without("git")
     wrapper = Path(environment["PATH"]) / "git"
+    harmless = "*--check*|*init*"
     wrapper.write_text(
-        f'#!/usr/bin/env bash\n{shutil.which("git")} "$@" || exit\ncase "$*" in *--check*) ;; *) exit 1 ;; esac\n'
+        f'#!/usr/bin/env bash\n{shutil.which("git")} "$@" || exit\ncase "$*" in {harmless}) ;; *) exit 1 ;; esac\n'
     )
     wrapper.chmod(0o755)
-    options = ["--reverse"] if direction == "reverse" else []
-    message = refused(tree, *options, environment=environment)
-    assert "writing failed; what was written has been undone" in message
+    assert "nothing was changed" in refused(tree, *options, environment=environment)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_after_writing_is_undone(number, tree, tmp_path):
+    """The Python that is to verify the patch tells the script to stop instead, once."""
+    python = tmp_path / "python"
+    python.write_text(f"""#!/usr/bin/env bash
+case "$*" in
+*doctor*) test -e {NEW[0]!r} && kill -{int(number)} $PPID; sleep 5 ;;
+*) exec {sys.executable} "$@" ;;
+esac
+""")
+    python.chmod(0o755)
+    message = refused(tree, environment={"PYTHON": str(python)}, cwd=tree)
+    assert "stopped by a signal" in message and "it was undone" in message
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # verification
 
 
-def test_verification(tree):
-    said = succeed(tree, environment={"PYTHON": sys.executable})
+def test_verification(whole_tree):
+    said = succeed(whole_tree, environment={"PYTHON": sys.executable})
     for name in ("registry", "imports", "configuration", "losses"):
         assert re.search(rf"^verify: {name} +ok: ", said, flags=re.MULTILINE), said
-    assert not list(tree.rglob("__pycache__"))
+    assert not list(whole_tree.rglob("__pycache__"))
 
 
 def test_python_without_packages_is_said_and_is_no_failure(tree, tmp_path, patched):
