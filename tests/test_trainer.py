@@ -11,19 +11,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""End to end: VERL's trainer, started as a user starts it, on real Ray, TransferQueue, FSDP2 and rollouts."""
+"""End to end: VERL's trainer, started as a user starts it, on real Ray, TransferQueue, FSDP2 and rollouts.
+
+The pure runs are beside a VERL, the hybrid one is in a patched VERL without the package. Two of the three VERLs are
+forks, with edits of their own where training runs (fork.py).
+"""
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from arithmetic import compute_score, make_split, problems, tiny_model
-from conftest import ROOT
+from conftest import ROOT, copy_unpatched_verl
+from fork import make_fork
 from metrics import accuracy, metric_files, next_metric_file, read_metrics, read_run
 from transformers import AutoModelForCausalLM
 
@@ -50,14 +56,52 @@ def files(tmp_path_factory):
     return folder
 
 
-def trainer_command(files, folder, *overrides):
+FORKED = "this is a fork's trainer"  # printed by it
+
+
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory):
+    """A folder for PYTHONPATH with a VERL that has 30 edits of its own."""
+    folder = tmp_path_factory.mktemp("fork")
+    copy_unpatched_verl(folder)
+    make_fork(folder)
+    with (folder / "verl" / "trainer" / "ppo" / "v1" / "trainer_base.py").open("a") as trainer:
+        trainer.write(f"\n\nprint({FORKED!r})\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def patched_fork(fork, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("patched_fork")
+    shutil.copytree(fork / "verl", folder / "verl", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(
+        [ROOT / "apply_patch.sh", "--no-verify", folder], check=True, env=os.environ | {"PYTHON": sys.executable}
+    )
+    return folder
+
+
+def beside(verl):
+    """How a run is started with the VERL in the folder `verl`, and this package beside it."""
+    return "verl.trainer.main_on_policy_distillation", {"PYTHONPATH": str(verl)}
+
+
+def inside(verl):
+    """... with the patched VERL in the folder `verl`, as if this package were not installed."""
+    environment = {"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_USE_EXTERNAL_MODULES": "verl.plugin.cpu"}
+    return "verl.trainer.main_ppo", {"PYTHONPATH": str(verl)} | environment
+
+
+INSTALLED = ("verl.trainer.main_on_policy_distillation", {})
+
+
+def trainer_command(files, folder, module, *overrides):
     machine = [
         line
         for line in (EXAMPLE / "cpu_overrides.txt").read_text().splitlines()
         if line.strip() and not line.startswith("#")
     ]
     return [
-        *(sys.executable, "-m", "verl.trainer.main_ppo"),
+        *(sys.executable, "-m", module),
         *machine,
         f"actor_rollout_ref.model.path={files}/student",
         f"teacher.model.path={files}/teacher",
@@ -80,18 +124,19 @@ def trainer_command(files, folder, *overrides):
     ]
 
 
-def start(files, folder, *overrides):
+def start(files, folder, *overrides, verl=INSTALLED):
     """The trainer as a process group of its own, its metrics and its output in new files below `folder`."""
     metrics = next_metric_file(folder)
+    module, settings = verl
     environment = os.environ | {
         "VERL_PLATFORM": "cpu",
-        "VERL_USE_EXTERNAL_MODULES": "verl.plugin.cpu",
         "VERL_FILE_LOGGER_PATH": str(metrics),
         "VERL_LOGGING_LEVEL": "ERROR",
     }
+    environment |= settings
     with open(folder / f"{metrics.stem}.log", "wb") as log:
         return subprocess.Popen(
-            trainer_command(files, folder, *overrides),
+            trainer_command(files, folder, module, *overrides),
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -99,11 +144,12 @@ def start(files, folder, *overrides):
         )
 
 
-def run(files, folder, *overrides):
-    process = start(files, folder, *overrides)
+def run(files, folder, *overrides, verl=INSTALLED):
+    process = start(files, folder, *overrides, verl=verl)
     process.wait(timeout=400)
     log = sorted(folder.glob("*.log"))[-1].read_text(errors="replace")
     assert process.returncode == 0, log[-6000:]
+    assert (FORKED in log) == (verl is not INSTALLED)
     return read_metrics(metric_files(folder)[-1])
 
 
@@ -116,9 +162,10 @@ def pure_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pure(files, pure_folder):
+def pure(files, pure_folder, fork):
     """Six steps of the pure loss: no reward function, and VERL's default advantage estimator, which wants a critic."""
-    return run(files, pure_folder, *PURE, "teacher.dump_freq=3", f"teacher.dump_size={PROMPTS * SAMPLES}")
+    dump = ("teacher.dump_freq=3", f"teacher.dump_size={PROMPTS * SAMPLES}")
+    return run(files, pure_folder, *PURE, *dump, verl=beside(fork))
 
 
 def test_pure_distillation_lowers_the_divergence(pure):
@@ -176,8 +223,22 @@ def test_the_dump_holds_the_kl_of_every_token_of_its_step(pure, pure_folder):
     assert_dump_is_the_step(dumped(folder), pure[3])
 
 
-def test_an_interrupted_run_continues_where_it_was(pure, files, tmp_path):
+def storage_unit_of(metrics):
+    """The process of the run's TransferQueue storage; Ray hands the run's environment on to it."""
+    for process in psutil.process_iter():
+        try:
+            is_unit = "SimpleStorageUnit" in " ".join(process.cmdline())
+            if is_unit and process.environ().get("VERL_FILE_LOGGER_PATH") == str(metrics):
+                return process
+        except psutil.Error:
+            continue
+    raise AssertionError("the run has no storage unit")
+
+
+def test_a_run_whose_storage_dies_ends_with_the_cause_and_continues_where_it_was(pure, files, tmp_path):
     """Killed after step 5, one step after the last checkpoint: the second start repeats step 5 and goes on.
+
+    TransferQueue's own clients would wait for ten minutes.
 
     One update a step: with more, the KL of the later mini-batches depends on what the first held, and VERL orders them
     by random ids.
@@ -188,8 +249,13 @@ def test_an_interrupted_run_continues_where_it_was(pure, files, tmp_path):
     while 5 not in read_run(tmp_path):
         assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "0000.log").read_text()[-4000:]
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    storage_unit_of(metric_files(tmp_path)[-1]).kill()
+    began = time.monotonic()
+    assert process.wait(timeout=60) != 0
+    assert time.monotonic() - began < 60
+    log = (tmp_path / "0000.log").read_text(errors="replace")
+    assert "storage unit" in log and "has died" in log
+    assert f"the run resumes from {tmp_path}/checkpoints/global_step_4" in log
     first = read_run(tmp_path)
     resumed = run(files, tmp_path, *overrides)
     assert [step for step, metrics in resumed.items() if "distillation/kl" in metrics] == [5, 6]
@@ -205,7 +271,7 @@ def hybrid_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def hybrid(files, hybrid_folder):
+def hybrid(files, hybrid_folder, patched_fork):
     return run(
         files,
         hybrid_folder,
@@ -225,6 +291,7 @@ def hybrid(files, hybrid_folder):
         "teacher.payload=logits",
         "trainer.n_gpus_per_node=2",
         "trainer.save_freq=-1",
+        verl=inside(patched_fork),
     )
 
 
