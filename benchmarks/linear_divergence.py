@@ -122,7 +122,7 @@ Call = Callable[[str], torch.Tensor | None]
 
 
 def ours(x: Inputs) -> Call:
-    from verl.utils.kernel.linear_divergence import linear_divergence
+    from verl.on_policy_distillation.head import linear_divergence
 
     def call(kind):
         heads = x.student_hidden, x.student_weight, x.teacher_hidden, x.teacher_weight
@@ -199,8 +199,8 @@ def liger_eager(x: Inputs) -> Call:
 
 def floor(x: Inputs) -> Call:
     """The bare products, three of the student's and one of the teacher's, into memory that is made before."""
-    from verl.utils import divergence
-    from verl.utils.divergence import chunks
+    from verl.on_policy_distillation import divergence
+    from verl.on_policy_distillation.divergence import chunks
 
     hidden, weight = x.student_hidden.detach(), x.student_weight.detach()
     n, vocab = len(hidden), len(weight)
@@ -361,7 +361,7 @@ class LineProcess:
 class Worker(LineProcess):
     def __init__(self, name: str, threads: int, memory: list[int]):
         # VERL looks for an accelerator when it is imported; the torch code measured here is the same on any platform.
-        environment = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "verl.plugin.cpu"} | os.environ
+        environment = {"VERL_PLATFORM": "cpu"} | os.environ
         environment["PYTHONPATH"] = str(PEERS) if name.startswith(("trl", "liger")) else ""
         command = [sys.executable, __file__, "--worker", name, "--threads", str(threads)]
         super().__init__(command, environment, pass_fds=memory)

@@ -175,8 +175,7 @@ def trainer_update() -> str | None:
         "resident before it; it includes the update's gradients, which are the same in all rows."
     )
     titles = {
-        "fused": "pure distillation, distillation_head=fused",
-        "dense": "pure distillation, distillation_head=dense",
+        "pure": "pure distillation",
         "grpo": "GRPO without a reference policy, VERL's own",
     }
     header = ["step", "before the update, s", "update, s", "step, s", "update's extra memory, MB"]

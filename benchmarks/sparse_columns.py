@@ -39,10 +39,9 @@ import torch
 from linear_divergence import RESULTS, command_line, machine, say
 
 os.environ.setdefault("VERL_PLATFORM", "cpu")
-os.environ.setdefault("VERL_USE_EXTERNAL_MODULES", "verl.plugin.cpu")
 
-from verl.utils import divergence  # noqa: E402
-from verl.utils.divergence import DivergenceSpec, chunks, divergence_rows_  # noqa: E402
+from verl.on_policy_distillation import divergence  # noqa: E402
+from verl.on_policy_distillation.divergence import DivergenceSpec, Temperatures, chunks, divergence_rows_  # noqa: E402
 
 CANDIDATES = 8
 DECAY_SPREAD = 0.5  # deviation over tokens of the logarithm of their decay
@@ -141,7 +140,7 @@ def one_pass(
     for chunk in chunks(len(student.hidden), len(student.weight), divergence.CHUNK_ELEMENTS):
         logits = student.hidden[chunk] @ student.weight.T
         others = teacher.hidden[chunk] @ teacher.weight.T
-        divergence_rows_(logits, others, spec, 1.0, logits.new_ones(len(logits)), logits)
+        divergence_rows_(logits, others, spec, Temperatures(1.0, 1.0), logits.new_ones(len(logits)), logits)
         del others
         if count and threshold is not None:
             into.count_skipped(logits, threshold)

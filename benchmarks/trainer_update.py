@@ -11,12 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""One update of VERL's real actor worker at a large vocabulary: fused head, dense head, and a GRPO step beside them.
+"""One update of VERL's real actor worker at a large vocabulary: pure distillation, and a GRPO step beside it.
 
 ``measure KIND`` runs in a process of its own and prints one JSON line; ``run`` starts one process per kind, lets them
 take turns, and writes the medians. Kinds:
 
-- ``fused`` and ``dense``: pure distillation with either ``distillation_head``;
+- ``pure``: pure distillation;
 - ``grpo``: what GRPO does with the same batch, without a reference policy: old log-probs, then the update.
 
 A step here is what a trainer does after the rollout and before the next: the teacher's pass (or the old log-probs), and
@@ -40,7 +40,7 @@ import torch
 from linear_divergence import LineProcess, machine, resident
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("fused", "dense", "grpo")
+KINDS = ("pure", "grpo")
 POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 PROMPT_TOKENS = 16
 
@@ -63,7 +63,7 @@ def overrides(kind: str, models: dict[str, str], args: argparse.Namespace) -> li
     ]
     if kind == "grpo":
         return [*common, f"{POLICY_LOSS}.loss_mode=vanilla"]
-    loss = [f"{POLICY_LOSS}.loss_mode=on_policy_distillation", f"{POLICY_LOSS}.distillation_head={kind}"]
+    loss = [f"{POLICY_LOSS}.loss_mode=on_policy_distillation"]
     teacher = [f"teacher.model.path={models['teacher']}", f"teacher.micro_batch_size_per_gpu={args.micro_batch}"]
     return [*common, *loss, *teacher]
 
@@ -81,6 +81,7 @@ def make_rows(args: argparse.Namespace) -> list[dict]:
             "mask": [1] * length,
             "old_log_prob": [-10.0] * length,
             "advantage": [rng.uniform(-1, 1)] * length,
+            "ref_log_prob": [-10.0] * length,
         }
         for _ in range(args.sequences)
     ]
@@ -90,22 +91,10 @@ class Step:
     """VERL's workers in this process, and one step of a kind on one fixed batch."""
 
     def __init__(self, kind: str, args: argparse.Namespace):
-        from engine_process import compose_config, local_batch
-
-        from verl.trainer.ppo.v1.distillation_hooks import DistillationTrainerHooks
-        from verl.workers.engine_workers import ActorRolloutRefWorker
-        from verl.workers.teacher_worker import TeacherWorker
+        from engine_process import compose_config, local_batch, make_actor
 
         config = compose_config(overrides(kind, make_models(Path(args.folder), args), args))
-        self._hooks = DistillationTrainerHooks(config)
-        self._actor = ActorRolloutRefWorker(
-            config=config.actor_rollout_ref, role="actor", distillation_config=None, teacher_config=config.teacher
-        )
-        self._actor.init_model()
-        self._teacher = None
-        if self._hooks.enabled:
-            self._teacher = TeacherWorker(config=config.teacher)
-            self._teacher.init_model()
+        self._actor, _, self._update_flags = make_actor(config, is_dense=False)
         self._batch, self._sequences = local_batch(make_rows(args), 0, 1), args.sequences
 
     def _flags(self, **flags):
@@ -116,20 +105,17 @@ class Step:
         return data
 
     def prepare(self):
-        """The teacher's payload, or the old log-probs: the forward that comes before the update."""
-        if self._teacher is not None:
-            return self._teacher.score(self._flags())["teacher_payload"]
+        """What the teacher says, or the old log-probs: the forward that comes before the update."""
+        if hasattr(self._actor, "teachers"):
+            return self._actor.score(self._flags())
         return self._actor.compute_log_prob(self._flags())
 
     def update(self, prepared) -> None:
         data = self._flags(
-            mini_batch_size=self._sequences,
-            epochs=1,
-            global_batch_size=self._sequences,
-            **self._hooks.update_flags(step=1),
+            mini_batch_size=self._sequences, epochs=1, global_batch_size=self._sequences, **self._update_flags
         )
-        if self._teacher is not None:
-            data["teacher_payload"] = prepared
+        if hasattr(self._actor, "teachers"):
+            data["teacher_row"] = prepared["teacher_row"]
         self._actor.update_actor(data)
 
 
@@ -146,6 +132,7 @@ def measure_once(step: Step) -> dict[str, float]:
         "update_s": ended - updating,
         "step_s": ended - started,
         "update_extra_mb": (resident("VmHWM") - before) / 1e6,
+        "before_update_mb": before / 1e6,
     }
 
 
@@ -173,7 +160,6 @@ def start(kind: str, port: int, args: argparse.Namespace) -> LineProcess:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "VERL_PLATFORM": "cpu",
-        "VERL_USE_EXTERNAL_MODULES": "verl.plugin.cpu",
         "MALLOC_MMAP_THRESHOLD_": "1048576",  # freed tensors go back to the system, so that peaks are peaks
     }
     return LineProcess(command, environment, stderr=subprocess.DEVNULL)
