@@ -25,6 +25,9 @@ from baselines import forward_kl_topk, sampled_k1_advantages
 from conftest import ROOT
 from headline_results import best_learning_rate, cost, ratios, standard_error, steps_until, summarize
 
+from verl.on_policy_distillation.divergence import DenseLogits
+from verl.on_policy_distillation.head import LinearLogits
+
 RESULTS = ROOT / "examples" / "on_policy_distillation" / "results" / "headline.json"
 
 
@@ -253,11 +256,9 @@ def jagged(*rows):
 def test_sampled_k1_is_the_log_ratio_of_the_sampled_tokens(is_projected):
     hidden, weight, bias = logits(0, 3, 4).float(), logits(1, 7, 4).float(), logits(2, 7).float()
     log_t = (hidden @ weight.T + bias).log_softmax(-1)
-    payload = hidden if is_projected else hidden @ weight.T + bias
+    teacher = LinearLogits(hidden, weight, bias) if is_projected else DenseLogits(hidden @ weight.T + bias)
     advantages = sampled_k1_advantages(
-        jagged(payload[:2], payload[2:]),
-        weight if is_projected else None,
-        bias if is_projected else None,
+        teacher,
         responses=jagged([6, 0], [2]),
         old_log_probs=jagged([-1.0, -2.0], [-3.0]),
     )
@@ -269,7 +270,7 @@ def test_sampled_k1_is_minus_the_reverse_kl_on_average():
     """Over every token as often as the student says it."""
     log_s, log_t = logits(0, 7).log_softmax(-1), logits(1, 7).log_softmax(-1)
     advantages = sampled_k1_advantages(
-        jagged(log_t.expand(7, 7)), None, None, responses=jagged(list(range(7))), old_log_probs=jagged(log_s)
+        DenseLogits(log_t.expand(7, 7)), responses=jagged(list(range(7))), old_log_probs=jagged(log_s)
     )
     expected = -(log_s.exp() * (log_s - log_t)).sum().item()
     assert (log_s.exp() * advantages.values()).sum().item() == pytest.approx(expected, rel=1e-6)

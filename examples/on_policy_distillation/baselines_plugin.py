@@ -13,17 +13,18 @@
 # limitations under the License.
 """Registers the baselines of `baselines.py` in VERL. VERL imports this module in every process:
 
-    VERL_USE_EXTERNAL_MODULES=verl.plugin.cpu,baselines_plugin
+    VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl_on_policy_distillation,baselines_plugin
 
 It does so while `verl` itself is being imported, so each registration waits for the module that it is about.
 """
 
+import functools
 from types import ModuleType
 
 import torch
 from baselines import FORWARD_KL_TOPK, SAMPLED_K1, TOP_K, forward_kl_topk, sampled_k1_advantages
 
-from verl.plugin.cpu import after_import
+from verl.plugin.after_import import after_import
 
 
 def _topk_rows(d, beta: float) -> torch.Tensor:
@@ -42,25 +43,24 @@ def _register_k1(core_algos: ModuleType) -> None:
     core_algos.POLICY_LOSS_REGISTRY[SAMPLED_K1] = core_algos.POLICY_LOSS_REGISTRY["vanilla"]
 
 
-def _give_advantages(distillation_loss: ModuleType) -> None:
-    """Puts the estimator in place of the advantages of a micro-batch before its loss is computed."""
-    call = distillation_loss.DistillationActorLoss.__call__
+def _give_advantages(worker: ModuleType) -> None:
+    """Puts the estimator in place of the advantages of a rank's batch before its update."""
+    update_actor = worker._WorkerWithTeachers.update_actor
 
-    def call_with_advantages(self, model_output=None, data=None, *args, **kwargs):
-        if model_output is not None and self.config.policy_loss.hybrid_rl_loss_mode == SAMPLED_K1:
-            weight, bias = (None, None) if self.projection is None else (self.projection.weight, self.projection.bias)
-            data["advantages"] = sampled_k1_advantages(
-                data["teacher_payload"], weight, bias, data["responses"], data["old_log_probs"]
-            )
-        return call(self, model_output, data, *args, **kwargs)
+    @functools.wraps(update_actor)
+    def update_with_advantages(self, data):
+        if self.config.actor.policy_loss.hybrid_rl_loss_mode == SAMPLED_K1:
+            signal = self.teachers.signal(data, torch.device("cpu"))
+            data["advantages"] = sampled_k1_advantages(signal.logits(), data["responses"], data["old_log_probs"])
+        return update_actor(self, data)
 
-    distillation_loss.DistillationActorLoss.__call__ = call_with_advantages
+    worker._WorkerWithTeachers.update_actor = update_with_advantages
 
 
 after_import(
     {
-        "verl.utils.divergence": _register_topk,
+        "verl.on_policy_distillation.divergence": _register_topk,
         "verl.trainer.ppo.core_algos": _register_k1,
-        "verl.workers.utils.distillation_loss": _give_advantages,
+        "verl.on_policy_distillation.worker": _give_advantages,
     }
 )

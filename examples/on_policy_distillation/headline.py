@@ -202,10 +202,10 @@ def train_once(run: Run, out: Path, teacher: Path | None) -> dict:
     if measured is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        command = [sys.executable, "-m", "verl.trainer.main_ppo", *machine_overrides(), *settings]
+        command = [sys.executable, "-m", "verl.trainer.main_on_policy_distillation", *machine_overrides(), *settings]
         environment = {
             "VERL_PLATFORM": "cpu",
-            "VERL_USE_EXTERNAL_MODULES": "verl.plugin.cpu,baselines_plugin",
+            "VERL_USE_EXTERNAL_MODULES": "verl_on_policy_distillation,baselines_plugin",
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         train(folder, METHODS[run.method].steps, command, environment, label=f"{run.name}   ")

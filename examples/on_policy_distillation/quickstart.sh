@@ -40,13 +40,13 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     if ! python -c 'import vllm' 2> /dev/null; then machine=gpu_without_vllm; fi
 fi
 case $machine in
-    cpu) export VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl.plugin.cpu ;;
-    gpu_without_vllm) export VERL_USE_EXTERNAL_MODULES=verl.plugin.cpu ;; # for its rollout backend
+    cpu) export VERL_PLATFORM=cpu ;;
+    gpu_without_vllm) export VERL_USE_EXTERNAL_MODULES=verl_on_policy_distillation,verl.plugin.cpu ;; # its rollout
 esac
 mapfile -t machine_overrides < <(grep -vE '^\s*(#|$)' "$here/${machine}_overrides.txt")
 
 steps=15
-python "$here/progress.py" "$folder" "$steps" -- python -m verl.trainer.main_ppo \
+python "$here/progress.py" "$folder" "$steps" -- python -m verl.trainer.main_on_policy_distillation \
     "${machine_overrides[@]}" \
     actor_rollout_ref.actor.policy_loss.loss_mode=on_policy_distillation \
     actor_rollout_ref.actor.policy_loss.distillation_type=reverse_kl \
