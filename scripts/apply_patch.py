@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PATCH = ROOT / "0001-on-policy-distillation.patch"
 GENERATED = ROOT / "scripts" / "generated.patch"
 
-# scripts/patch_summary.py reads both. Releases are checked whole; the branch moves: it was checked at a commit.
+# scripts/make_patch.py reads both. Releases are checked whole; the branch moves: it was checked at a commit.
 SUPPORTED_RELEASES = "0.9.0 0.9.1"
 SUPPORTED_BRANCH = "0.10.0.dev"
 VERSIONS = f"{SUPPORTED_RELEASES.replace(' ', ', ')} and {SUPPORTED_BRANCH}"

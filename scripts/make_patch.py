@@ -18,10 +18,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from pathlib import Path
-
-from patch_summary import SummaryError, build_summary, supported
 
 ROOT = Path(__file__).resolve().parent.parent
 PATCH = ROOT / "0001-on-policy-distillation.patch"
@@ -29,6 +28,9 @@ SUMMARY = ROOT / "PATCH_SUMMARY.txt"
 HUNKS = ROOT / "scripts" / "hunks.patch"
 GENERATED = ROOT / "scripts" / "generated.patch"
 REQUIREMENTS = ROOT / "scripts" / "requirements.txt"
+APPLY = ROOT / "scripts" / "apply_patch.py"
+GUIDE = ROOT / "PATCH_README.md"
+PRESET = ROOT / "verl" / "trainer" / "config" / "policy_loss" / "on_policy_distillation.yaml"
 # VERL's wheels: the first folder is where they are put, the others where set-ups leave them.
 WHEELS = [ROOT / ".venv" / ".versions", ROOT / ".venv" / ".pristine", Path(sys.prefix) / ".pristine"]
 
@@ -79,6 +81,42 @@ GENERATED_HEAD = """\
 """
 
 
+# What a user gets beside the patch, in the order of reading.
+PACKAGE = {
+    "apply_patch.sh": "applies, checks and removes the patch",
+    "README.md": "what this is, two commands, first configuration",
+    "PATCH_README.md": "installation, usage, configuration, troubleshooting",
+    "ON_POLICY_DISTILLATION.md": "the technical document",
+    "examples/on_policy_distillation/README.md": "quickstart, own data, troubleshooting",
+    "tests/test_on_policy_distillation.py": "tests of the losses; python FILE runs a part without pytest",
+}
+PAGE = """\
+EXACT ON-POLICY DISTILLATION FOR VERL: THE PATCH ON ONE PAGE
+Written by scripts/make_patch.py; do not edit.
+
+For VERL {releases}, and the development branch ({branch}) as far as PATCH_README.md says.
+
+PACKAGE                                           size  lines
+{package}
+
+QUICK START
+  ./apply_patch.sh                     into the VERL that Python imports; a directory as argument: into that one
+  ./apply_patch.sh --check             what would happen
+  ./apply_patch.sh --reverse           takes it out again, byte for byte
+  git apply 0001-on-policy-distillation.patch        by hand, in a checkout; git am makes a commit of it
+Then add to a VERL command that runs PPO or GRPO:
+  actor_rollout_ref.actor.policy_loss.loss_mode=on_policy_distillation teacher.model.path=PATH_OF_THE_TEACHER
+
+CONFIGURATION, below actor_rollout_ref.actor.policy_loss (with loss_mode=on_policy_distillation or
+hybrid_rl_distillation); the teacher.* group is in verl/trainer/config/teacher/teacher.yaml
+{keys}
+
+FILES in verl/ (added and removed lines; {new} are new, {changed} are VERL's)
+{files}
+and, where they are VERL's own, its four trainer/config/_generated_*.yaml (scripts/generated.patch)
+"""
+
+
 class PatchError(Exception):
     """The input cannot become a patch; the message says which file and why."""
 
@@ -120,7 +158,11 @@ def verl_pin():
 
 
 def new_files(folder=ROOT):
-    """Relative paths of the files below folder/verl that a patch can hold."""
+    """Relative paths of the files below folder/verl that a patch can hold.
+
+    All of them: what serves an unpatched VERL (hydra_source.py, main_on_policy_distillation.py) comes too, so that a
+    launch script written for one works in the other.
+    """
     paths = (path for path in (folder / "verl").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return sorted(path.relative_to(folder).as_posix() for path in paths)
 
@@ -184,6 +226,53 @@ def build():
         patch = git(folders[verl_pin()], "format-patch", "-1", *DIFF, *MAIL)
         generated = b"".join(map(generate_all, reversed(folders.values())))
     return {PATCH: patch, GENERATED: generated, SUMMARY: build_summary(patch, counts, created)}
+
+
+def supported(name):
+    """What scripts/apply_patch.py says that the patch is for: "RELEASES" or "BRANCH", as one string."""
+    return re.search(rf'^SUPPORTED_{name} = "(.*)"$', APPLY.read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+def file_rows(counts):
+    """A row for each row of PATCH_README.md's tables, a file's or a directory's, with the lines of all its files."""
+    told = dict(re.findall(r"^\| `(verl/\S+)` \| (.*) \|$", GUIDE.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    rows = {}
+    for name, pair in counts.items():
+        path = next((path for path in told if name == path or path[-1] == "/" and name.startswith(path)), None)
+        if path is None:
+            raise PatchError(f"{GUIDE.name}: the tables of files have no row for `{name}`")
+        rows[path] = [sum(both) for both in zip(rows.get(path, (0, 0)), pair, strict=True)]
+    return [
+        (f"  {path[5:]:<54} {f'+{added}':>5} {f'-{removed}' if removed else '':<2}", told[path])
+        for path, (added, removed) in rows.items()
+    ]
+
+
+def build_summary(patch, counts, created):
+    """The page, as bytes. `counts`: (added, removed) lines by file; `created`: the files that are new."""
+    changed = len(counts) - len(created)
+    package = {PATCH.name: (patch, f"{len(created)} new and {changed} changed files")}
+    package |= {name: ((ROOT / name).read_bytes(), what) for name, what in PACKAGE.items()}
+    keys = re.findall(r"^((?:# .*\n)+)([a-z]\w*): (\S+)$", PRESET.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    page = PAGE.format(
+        releases=supported("RELEASES").replace(" ", " and "),
+        branch=supported("BRANCH"),
+        package=column(
+            (f"  {name:<42} {f'{len(text) / 1024:.0f} KB':>7} {text.count(10):>6,} ", what)
+            for name, (text, what) in package.items()
+        ),
+        keys=column((f"  {key:<25} {default:<11}", text.replace("# ", "")) for text, key, default in keys),
+        new=len(created),
+        changed=changed,
+        files=column(file_rows(counts)),
+    )
+    return page.encode("utf-8")
+
+
+def column(rows):
+    """Of each (head, text): the text beside the head, in as many lines as it takes."""
+    filled = (textwrap.fill(text, 120, initial_indent=f"{head} ", subsequent_indent=" " * 4) for head, text in rows)
+    return "\n".join(line.rstrip() for line in filled)
 
 
 def by_file(patch):
@@ -251,7 +340,7 @@ def main():
         if arguments.hunks_from:
             write_hunks(arguments.hunks_from.resolve())
         write()
-    except (PatchError, SummaryError) as error:
+    except PatchError as error:
         print(f"make_patch.py: error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -14,7 +14,7 @@
 """Verify that on-policy distillation works in the VERL that Python imports: about ten seconds, most of them imports.
 
     python -m verl.on_policy_distillation.doctor            registry, losses, imports, configuration
-    python -m verl.on_policy_distillation.doctor --losses   registry and losses alone
+    python -m verl.on_policy_distillation.doctor --losses   import, registry and losses alone
     python TREE/verl/on_policy_distillation/doctor.py --tree TREE
                                                             the VERL in TREE, which need not be importable
 
@@ -81,6 +81,11 @@ def verl_folder():
 def is_patched():
     """Whether our files are in VERL's own folder, with the patch's few lines; or beside VERL, with none."""
     return Path(__file__).resolve().is_relative_to(verl_folder())
+
+
+def import_losses():
+    importlib.import_module("verl.trainer.ppo.on_policy_distillation")
+    return "verl.trainer.ppo.on_policy_distillation"
 
 
 def check_registry():
@@ -228,7 +233,7 @@ def main(arguments=None):
     """Run the checks, print a line for each, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tree", type=Path, help="directory that has verl/ in it; without it, the VERL Python finds")
-    parser.add_argument("--losses", action="store_true", help="check registry and losses alone")
+    parser.add_argument("--losses", action="store_true", help="check the losses alone")
     options = parser.parse_args(arguments)
     tree = options.tree.resolve() if options.tree is not None else None
     if tree is not None:
@@ -240,7 +245,9 @@ def main(arguments=None):
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     checks = {"registry": check_registry, "losses": check_losses}
-    if not options.losses:
+    if options.losses:  # in a VERL that does not import them by itself
+        checks = {"import": import_losses, **checks}
+    else:
         checks |= {"imports": check_imports, "trainer": check_trainer, "configuration": check_configuration}
     results = [run_check(name, check, tree) for name, check in checks.items()]
     return FAILED if FAILED in results else max(results)
