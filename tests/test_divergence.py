@@ -610,11 +610,13 @@ class CountingLogits:
     values: torch.Tensor
     requests: list[int] = field(default_factory=list)
 
+    unit = 1.0
+
     @property
     def shape(self) -> tuple[int, int]:
         return tuple(self.values.shape)
 
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
+    def in_units(self, index: torch.Tensor) -> torch.Tensor:
         self.requests.append(len(index))
         return self.values[index]
 

@@ -112,8 +112,15 @@ class LogitSource(Protocol):
     def shape(self) -> tuple[int, int]:
         """(n, V)."""
 
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
+    @property
+    def unit(self) -> float:
+        """Logits are this times `in_units`."""
+
+    def rows(self, index: torch.Tensor | slice) -> torch.Tensor:
         """Logits (len(index), V) of the tokens `index` (int64), any float dtype; new memory, the caller's to change."""
+
+    def in_units(self, index: torch.Tensor | slice, out: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """`rows` in units of `unit`. `out`: memory (rows, V) that may be used for it, of the dtype that it has."""
 
     def cut(self, vocab: int) -> "LogitSource":
         """The first `vocab` entries of the vocabulary, not copied."""
@@ -129,8 +136,15 @@ class DenseLogits:
     def shape(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1]
 
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        return self.values[index]
+    @property
+    def unit(self) -> float:
+        return 1.0
+
+    def rows(self, index: torch.Tensor | slice) -> torch.Tensor:
+        return self.values[index].clone() if isinstance(index, slice) else self.values[index]
+
+    def in_units(self, index: torch.Tensor | slice, out: Optional[torch.Tensor] = None) -> torch.Tensor:
+        return self.rows(index)
 
     def cut(self, vocab: int) -> "DenseLogits":
         return DenseLogits(self.values[:, :vocab])
@@ -680,7 +694,7 @@ class _TokenDivergence(torch.autograd.Function):
             # One expression, so that the logits of a chunk are gone before those of the next are made.
             results[:, chunk] = _chunk_results(
                 logits[student_index[chunk]].to(dtype),
-                teacher.rows(teacher_index[chunk]).to(dtype),
+                teacher.in_units(teacher_index[chunk]).to(dtype),
                 spec,
                 temperatures,
                 gradients[chunk] if needs_gradient else None,
@@ -720,6 +734,6 @@ def token_divergence(
     Returns:
         TokenDivergence of n tokens, in nats, float32 (float64 for float64 student logits). n = 0 gives empty tensors.
     """
-    temperatures = Temperatures(spec.temperature / student_scale, spec.temperature)
+    temperatures = Temperatures(spec.temperature / student_scale, spec.temperature / teacher.unit)
     results = _TokenDivergence.apply(student_logits, student_index, temperatures, teacher, teacher_index, spec)
     return TokenDivergence(*results)

@@ -270,9 +270,7 @@ class _Target(NamedTuple):
 
     def logits(self, chunk: slice, like: torch.Tensor, out: Optional[torch.Tensor]) -> torch.Tensor:
         """In the teacher's units."""
-        if isinstance(self.teacher, LinearLogits):
-            return self.teacher.in_units(chunk, out).to(like.dtype)
-        return self.teacher.rows(torch.arange(chunk.start, chunk.stop, device=like.device)).to(like.dtype)
+        return self.teacher.in_units(chunk, out).to(like.dtype)
 
     def rows_(
         self,
@@ -283,8 +281,7 @@ class _Target(NamedTuple):
         gradient: torch.Tensor,
     ) -> torch.Tensor:
         """`divergence_rows_` of both sides in their units; the gradient is by the student's."""
-        teacher_unit = self.teacher.unit if isinstance(self.teacher, LinearLogits) else 1.0
-        temperatures = Temperatures(self.spec.temperature / head.unit, self.spec.temperature / teacher_unit)
+        temperatures = Temperatures(self.spec.temperature / head.unit, self.spec.temperature / self.teacher.unit)
         function = implementation(student, self.spec).divergence_rows_
         return function(student, teacher, self.spec, temperatures, weights, gradient)
 
