@@ -25,7 +25,7 @@ import torch
 from dense_oracle import FLAGS, DenseOracle
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf, open_dict
-from tensordict import TensorDict
+from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torch.distributed.tensor import DTensor
 
 from verl.on_policy_distillation import hydra_source
@@ -82,6 +82,9 @@ def local_batch(batch, rank, world_size):
         "advantages": nested([row["advantage"] for row in rows], torch.float32),
         "ref_log_prob": nested([row["ref_log_prob"] for row in rows], torch.float32),
     }
+    for name in ("data_source", "weights"):  # fields of a data set, as TransferQueue hands them on
+        if name in rows[0]:
+            fields[name] = NonTensorStack(*(NonTensorData(row[name]) for row in rows))
     return TensorDict(fields, batch_size=len(rows))
 
 
@@ -112,8 +115,10 @@ def make_actor(config, is_dense):
 
 
 def payload_of(actor, rows):
-    """(dtype, width, bytes) of what the teacher said of the samples `rows`."""
+    """(dtype, width, bytes) of what the teacher said of the samples `rows`; nothing of several teachers."""
     signal = actor.teachers.signal(TensorDict({TEACHER_ROW: rows}, batch_size=len(rows)), torch.device("cpu"))
+    if not hasattr(signal, "values"):
+        return ()
     return signal.values.dtype, signal.values.shape[-1], signal.values.nbytes
 
 

@@ -790,7 +790,7 @@ def other_tokens():
 BAD_INPUTS = {
     "no teacher": ({"teacher_logits": None}, ["teacher_logits", "missing", "teacher.model.path"]),
     "no student": ({"student_logits": None}, ["student_logits", "missing", "pass student_logits="]),
-    "list": ({"teacher_logits": [1.0]}, ["teacher_logits", "list", ".logits"]),
+    "no tensor in a list": ({"teacher_logits": [1.0]}, ["teacher_logits[0]", "float", ".logits"]),
     "tuple of a model": ({"student_logits": (torch.zeros(1),)}, ["student_logits", "tuple", ".logits"]),
     "no logits in the output": (
         {"student_logits": SimpleNamespace(logits=None)},

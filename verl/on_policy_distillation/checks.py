@@ -32,8 +32,10 @@ from verl.on_policy_distillation.config import (
     is_distillation_loss,
     misspelt_loss_key,
     misspelt_teacher_key,
+    teacher_groups,
 )
 from verl.on_policy_distillation.output_projection import find_output_projection, require_readable
+from verl.on_policy_distillation.routing import TEACHER_KEYS, Routes
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.utils.fs import copy_to_local
 from verl.utils.torch_dtypes import PrecisionType
@@ -83,21 +85,28 @@ def validate(config: DictConfig) -> None:
     Raises:
         ValueError: naming the key, the value and the fix.
     """
-    teacher_path = OmegaConf.select(config, "teacher.model.path")
     if "teachers" in config:
         raise ValueError(f"teachers={config.teachers}: there is no teachers group, did you mean teacher.model.path?")
     _check_spelling(loss_mode(config))
     if not is_distillation_loss(loss_mode(config)):
-        if teacher_path is not None:
+        for key, value in _teachers_named(config).items():
             raise ValueError(
-                f"teacher.model.path={teacher_path} has no effect with {_POLICY_LOSS}.loss_mode="
-                f"{loss_mode(config)}: set loss_mode={PURE} or {HYBRID}, or leave teacher.model.path out."
+                f"{key}={value} has no effect with {_POLICY_LOSS}.loss_mode="
+                f"{loss_mode(config)}: set loss_mode={PURE} or {HYBRID}, or leave {key} out."
             )
         return
     _check_trainer(config)
     _check_student(config)
     _check_loss(config)
-    _check_teacher(config, teacher_path)
+    _check_teacher(config)
+
+
+def _teachers_named(config: DictConfig) -> dict[str, Any]:
+    """The keys that name a teacher, and their values."""
+    named = {"teacher.model.path": OmegaConf.select(config, "teacher.model.path")}
+    for name, model in (OmegaConf.select(config, "teacher.models") or {}).items():
+        named[f"teacher.models.{name}"] = model
+    return {key: value for key, value in named.items() if value is not None}
 
 
 def refuse_misspelt_overrides(arguments: list[str]) -> None:
@@ -116,6 +125,8 @@ def refuse_misspelt_overrides(arguments: list[str]) -> None:
             nearest = misspelt_loss_key(name)
         elif parent == "teacher":
             nearest = misspelt_teacher_key(name)
+        elif key.startswith("teacher.models.") and not argument.startswith("+"):
+            raise ValueError(f"{argument}: Hydra adds new keys with a plus: write +{argument}.")
         if nearest:
             raise ValueError(f"{argument}: there is no {name} in {parent}, did you mean {parent}.{nearest}?")
         if key.partition(".")[0] == "teachers":
@@ -173,6 +184,17 @@ def _check_student(config: DictConfig) -> None:
     actor = "actor_rollout_ref.actor"
     _check_engine(config, f"{actor}.strategy", f"{actor}.fsdp_config", "actor_rollout_ref.model")
     _require_no_sequence_parallelism(config, f"{actor}.ulysses_sequence_parallel_size")
+    targets = config.actor_rollout_ref.model.get("target_modules", None)
+    if config.actor_rollout_ref.model.get("lora_rank", 0) and targets and "lm_head" in targets:
+        raise ValueError(
+            f"actor_rollout_ref.model.target_modules={targets} adapts lm_head, which distillation reads as a plain "
+            "matrix: leave lm_head out."
+        )
+    if OmegaConf.select(config, "actor_rollout_ref.actor.calculate_sum_pi_squared"):
+        raise ValueError(
+            "actor_rollout_ref.actor.calculate_sum_pi_squared=True needs the student's logits, which distillation "
+            "never makes: set it to False."
+        )
 
 
 def _check_engine(config: DictConfig, strategy_key: str, engine: str, model: str) -> None:
@@ -232,45 +254,76 @@ def _check_loss(config: DictConfig) -> None:
         )
 
 
-def _check_teacher(config: DictConfig, path: Optional[str]) -> None:
+def require_routes(teacher: DictConfig, dataset: Any) -> None:
+    """Find a teacher for every sample of the training data, before any model is loaded.
+
+    Args:
+        dataset: VERL's training data set, or one of the user's own; one without a table is checked as it is scored.
+
+    Raises:
+        ValueError: naming the field, the first row that has no teacher, and what it holds.
+    """
+    routes, table = Routes.of(teacher), getattr(dataset, "dataframe", None)
+    if not routes.columns or table is None:
+        return
+    for key in ("routing_key", "weights_key"):
+        if teacher[key] is not None and teacher[key] not in table.column_names:
+            raise ValueError(
+                f"teacher.{key}={teacher[key]} is no field of the training data, which has {table.column_names}: set "
+                "it to one of them."
+            )
+    routes.shares({column: table[column] for column in routes.columns}, len(table))
+
+
+def _check_teacher(config: DictConfig) -> None:
+    _check_teacher_settings(config)
+    Routes.of(config.teacher)
+    if not config.teacher.models:
+        _check_checkpoints(config, "teacher.model")
+    for name, group in teacher_groups(config.teacher).items() if config.teacher.models else ():
+        key = f"teacher.models.{name}"
+        for setting in config.teacher.models[name]:
+            if setting not in TEACHER_KEYS and setting not in config.teacher.model:
+                near = difflib.get_close_matches(setting, [*TEACHER_KEYS, *config.teacher.model], n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"{key}.{setting}={config.teacher.models[name][setting]} is no key of a teacher's model: did you "
+                    f"mean {key}.{near}?"
+                )
+        with open_dict(config):
+            one = OmegaConf.merge(config, {"teacher": group})
+        _check_engine(one, "teacher.fsdp_config.strategy", "teacher.fsdp_config", "teacher.model")
+        _check_checkpoints(one, key)
+
+
+def _check_checkpoints(config: DictConfig, key: str) -> None:
+    """Of the student and of the one teacher in `config`, whose model the user has set with the keys below `key`."""
+    path = config.teacher.model.path
     if not path:
         raise ValueError(
-            f"teacher.model.path is not set, and policy_loss.loss_mode={loss_mode(config)} needs a teacher: "
-            "set teacher.model.path to a checkpoint that shares the student's tokenizer."
+            f"{key}.path is not set, and policy_loss.loss_mode={loss_mode(config)} needs a teacher: "
+            f"set {key}.path to a checkpoint that shares the student's tokenizer."
         )
     if not isinstance(path, str):
-        raise ValueError(f"teacher.model.path={path!r} is no path: set it to the folder or the name of a checkpoint.")
-    _check_teacher_settings(config)
+        raise ValueError(f"{key}.path={path!r} is no path: set it to the folder or the name of a checkpoint.")
     student_path = config.actor_rollout_ref.model.path
     student = _load_config("actor_rollout_ref.model.path", student_path, config.actor_rollout_ref.model)
-    teacher = _load_config("teacher.model.path", path, config.teacher.model)
-    _check_tokenizers(config, student, teacher)
-    _check_context(config, teacher)
-    for key, local in (("actor_rollout_ref.model.path", student_path), ("teacher.model.path", path)):
+    teacher = _load_config(f"{key}.path", path, config.teacher.model)
+    _check_tokenizers(config, key, student, teacher)
+    _check_context(config, key, teacher)
+    for name, local in (("actor_rollout_ref.model.path", student_path), (f"{key}.path", path)):
         if os.path.isdir(_local_path(local)):
-            require_readable(key, _local_path(local))
+            require_readable(name, _local_path(local))
     if config.teacher.payload == "hidden_states" and os.path.isdir(_local_path(path)):
         find_output_projection(_local_path(path), tied=bool(teacher.get_text_config().tie_word_embeddings))
-    targets = config.actor_rollout_ref.model.get("target_modules", None)
-    if config.actor_rollout_ref.model.get("lora_rank", 0) and targets and "lm_head" in targets:
-        raise ValueError(
-            f"actor_rollout_ref.model.target_modules={targets} adapts lm_head, which distillation reads as a plain "
-            "matrix: leave lm_head out."
-        )
-    if OmegaConf.select(config, "actor_rollout_ref.actor.calculate_sum_pi_squared"):
-        raise ValueError(
-            "actor_rollout_ref.actor.calculate_sum_pi_squared=True needs the student's logits, which distillation "
-            "never makes: set it to False."
-        )
 
 
-def _check_context(config: DictConfig, teacher: Any) -> None:
+def _check_context(config: DictConfig, key: str, teacher: Any) -> None:
     """A position that a model was not made for is computed without a word, or fails on the device."""
     longest = config.data.max_prompt_length + config.data.max_response_length
     positions = _longest_context(teacher.get_text_config())
     if positions is not None and positions < longest:
         raise ValueError(
-            f"teacher.model.path={config.teacher.model.path} has a context of {positions} tokens "
+            f"{key}.path={config.teacher.model.path} has a context of {positions} tokens "
             "(max_position_embeddings, and the factor of rope_scaling), and "
             f"data.max_prompt_length={config.data.max_prompt_length} plus data.max_response_length="
             f"{config.data.max_response_length} is {longest}: shorten them, or choose a teacher with a longer context."
@@ -312,7 +365,8 @@ def _check_teacher_batches(config: DictConfig) -> None:
     rollouts = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
     sequences, rest = divmod(rollouts, config.trainer.nnodes * config.trainer.n_gpus_per_node)
     size = config.teacher.micro_batch_size_per_gpu
-    if not config.teacher.use_dynamic_bsz and not rest and sequences % size:
+    is_padded = bool(config.teacher.models)  # what several teachers get is made to come out even
+    if not config.teacher.use_dynamic_bsz and not is_padded and not rest and sequences % size:
         raise ValueError(
             f"teacher.micro_batch_size_per_gpu={size} does not divide the {sequences} sequences that each device gets "
             "of a batch (data.train_batch_size * actor_rollout_ref.rollout.n / devices): set it to a divisor, or set "
@@ -377,7 +431,7 @@ def _vocabulary(path: str, model: DictConfig) -> dict[str, int]:
     return hf_tokenizer(local, trust_remote_code=model.get("trust_remote_code", False)).get_vocab()
 
 
-def _check_tokenizers(config: DictConfig, student: Any, teacher: Any) -> None:
+def _check_tokenizers(config: DictConfig, key: str, student: Any, teacher: Any) -> None:
     """The same token ids must mean the same text, or the two distributions are over different things."""
     student_path, teacher_path = config.actor_rollout_ref.model.path, config.teacher.model.path
     ours, theirs = (
@@ -388,14 +442,14 @@ def _check_tokenizers(config: DictConfig, student: Any, teacher: Any) -> None:
     if different:
         token, index = different[0]
         raise ValueError(
-            f"teacher.model.path={teacher_path} has another tokenizer than actor_rollout_ref.model.path={student_path} "
+            f"{key}.path={teacher_path} has another tokenizer than actor_rollout_ref.model.path={student_path} "
             f"({len(theirs)} and {len(ours)} tokens; the first difference is {token!r} = {index}): "
             "they are compared entry by entry, so choose a teacher with the student's tokenizer."
         )
-    for key, model in (("actor_rollout_ref.model.path", student), ("teacher.model.path", teacher)):
+    for name, model in (("actor_rollout_ref.model.path", student), (f"{key}.path", teacher)):
         size = model.get_text_config().vocab_size
         if size <= max(ours.values()):
             raise ValueError(
-                f"{key} has vocab_size={size}, fewer than the tokenizer's {max(ours.values()) + 1} ids: "
+                f"{name} has vocab_size={size}, fewer than the tokenizer's {max(ours.values()) + 1} ids: "
                 "give a checkpoint whose embedding covers its tokenizer."
             )

@@ -25,8 +25,11 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Optional
 
+from omegaconf import DictConfig, OmegaConf
+
 from verl.base_config import BaseConfig
 from verl.on_policy_distillation.divergence import DIVERGENCES, DivergenceSpec
+from verl.on_policy_distillation.routing import TEACHER_KEYS
 from verl.workers.config import ActorConfig, FSDPEngineConfig, HFModelConfig, PolicyLossConfig
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "is_distillation_loss",
     "misspelt_loss_key",
     "misspelt_teacher_key",
+    "teacher_groups",
 ]
 
 logger = logging.getLogger(__name__)
@@ -157,6 +161,10 @@ class TeacherConfig(BaseConfig):
 
     Args:
         model (HFModelConfig): The teacher's checkpoint; ``model.path`` is the one key without a default.
+        models (dict): Several teachers by name, each with the keys of ``model`` that differ, its ``weight`` in the
+            mixture and the ``route`` that it serves; see verl/on_policy_distillation/routing.py.
+        routing_key (Optional[str]): The field of the data set whose value names the route of a sample.
+        weights_key (Optional[str]): The field of the data set that holds a sample's own weights of the teachers.
         fsdp_config (FSDPEngineConfig): How the teacher is sharded. Always forward-only.
         payload (str): What is kept of the teacher for each response token: "hidden_states" (last hidden states, which
             the student's head projects with the teacher's output projection, a chunk at a time) or "logits" (the plain
@@ -171,6 +179,9 @@ class TeacherConfig(BaseConfig):
     """
 
     model: HFModelConfig = field(default_factory=BaseConfig)
+    models: dict[str, Any] = field(default_factory=dict)
+    routing_key: Optional[str] = None
+    weights_key: Optional[str] = None
     fsdp_config: FSDPEngineConfig = field(default_factory=FSDPEngineConfig)
     payload: str = "hidden_states"
     payload_dtype: str = "bfloat16"
@@ -180,6 +191,19 @@ class TeacherConfig(BaseConfig):
     dump_freq: int = -1
     dump_dir: Optional[str] = None
     dump_size: int = 16
+
+
+def teacher_groups(teacher: DictConfig) -> dict[str, DictConfig]:
+    """The ``teacher`` group of each teacher by itself, with its own ``model``, by name."""
+    models = teacher.get("models", None) or {}
+    groups = {}
+    for name, own in models.items():
+        group = OmegaConf.create(OmegaConf.to_container(teacher, resolve=True))
+        settings = {key: value for key, value in own.items() if key not in TEACHER_KEYS}
+        group.model = OmegaConf.merge(group.model, OmegaConf.create(settings))
+        group.models = {}
+        groups[str(name)] = group
+    return groups or {"teacher": teacher}
 
 
 def field_names(config_class: type) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ time, but for n = 8,192 and V = 151,936 each stored tensor would cost 5 GB in fl
 
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Iterator, NamedTuple, Optional
+from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
 import torch
 
@@ -55,16 +55,19 @@ from verl.on_policy_distillation.divergence import (
     chunks,
     log_zero_,
 )
+from verl.on_policy_distillation.mixture import MixtureLogits, mixture_of
 
 __all__ = [
     "LinearDivergence",
     "LinearLogits",
     "PolicyTokens",
+    "divergence_by_teacher",
     "divergence_of_head",
     "implementation",
     "linear_divergence",
     "linear_token_divergence",
     "project",
+    "tokens_by_teacher",
     "tokens_of_head",
 ]
 
@@ -268,9 +271,18 @@ class _Target(NamedTuple):
     def vocab(self) -> int:
         return self.teacher.shape[-1]
 
-    def logits(self, chunk: slice, like: torch.Tensor, out: Optional[torch.Tensor]) -> torch.Tensor:
-        """In the teacher's units."""
-        return self.teacher.in_units(chunk, out).to(like.dtype)
+    @property
+    def teachers(self) -> int:
+        """Of how many teachers the KL is wanted one by one."""
+        return len(self.teacher.parts) if isinstance(self.teacher, MixtureLogits) else 0
+
+    def compare(self, head: LinearLogits, chunk: "_Chunk", student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's logits in its units, and KL(S||T_k) of each of `teachers`, (K, chunk)."""
+        if not isinstance(self.teacher, MixtureLogits):
+            logits = self.teacher.in_units(chunk.tokens, chunk.teacher).to(student.dtype)
+            return logits, logits.new_empty((0, len(logits)))
+        mixed, kls = self.teacher.compare(chunk.tokens, student, self.spec.temperature / head.unit)
+        return mixed.to(student.dtype), kls.to(student.dtype)
 
     def rows_(
         self,
@@ -284,6 +296,32 @@ class _Target(NamedTuple):
         temperatures = Temperatures(self.spec.temperature / head.unit, self.spec.temperature / self.teacher.unit)
         function = implementation(student, self.spec).divergence_rows_
         return function(student, teacher, self.spec, temperatures, weights, gradient)
+
+
+@dataclass(frozen=True)
+class _Sorting:
+    """Puts tokens with the same teachers next to each other, so that each teacher is called once, not once a sample."""
+
+    teacher: LogitSource
+    order: Optional[torch.Tensor]
+
+    @classmethod
+    def of(cls, teacher: LogitSource) -> "_Sorting":
+        if not isinstance(teacher, MixtureLogits) or (order := teacher.order()) is None:
+            return cls(teacher, None)
+        return cls(teacher.ordered(order), order)
+
+    def head(self, head: LinearLogits) -> LinearLogits:
+        return replace(head, hidden=self.sort(head.hidden))
+
+    def sort(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self.order is None else values[self.order]
+
+    def restore(self, columns: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if self.order is None:
+            return list(columns)
+        places = self.order.argsort()
+        return [column[places] for column in columns]
 
 
 class _Chunk(NamedTuple):
@@ -310,10 +348,9 @@ def _token_chunks(head: LinearLogits, target: _Target, needs_gradients: bool) ->
     return (_Chunk(tokens, *memory) for tokens in slices)
 
 
-def _chunk_logits(head: LinearLogits, target: _Target, chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor]:
-    """Student's and teacher's logits of a chunk, in their units, in the memory that it brings."""
-    student = head.in_units(chunk.tokens, chunk.student, chunk.before_cap)
-    return student, target.logits(chunk.tokens, student, chunk.teacher)
+def _student_logits(head: LinearLogits, chunk: _Chunk) -> torch.Tensor:
+    """The student's logits of a chunk, in its units, in the memory that the chunk brings."""
+    return head.in_units(chunk.tokens, chunk.student, chunk.before_cap)
 
 
 def _exact(head: LinearLogits) -> torch.autocast:
@@ -332,7 +369,7 @@ class _HeadDivergence(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, whole, target, token_weights, needs_gradients):
         head = whole.cut(target.vocab)
         gradients = _HeadGradients(whole, tuple(needs_gradients and needs for needs in ctx.needs_input_grad[:3]))
-        results = hidden.new_empty((len(TokenDivergence._fields), len(hidden)), dtype=whole.dtype)
+        results = hidden.new_empty((len(TokenDivergence._fields) + target.teachers, len(hidden)), dtype=whole.dtype)
         token_weights = token_weights.to(results.dtype)
         # At most one in the products, so that the 16-bit gradients of a mean over many tokens do not vanish.
         largest = torch.linalg.vector_norm(token_weights, torch.inf) if len(hidden) else token_weights.new_ones(())
@@ -362,7 +399,8 @@ def _one_pass(
     head: LinearLogits, target: _Target, chunk: _Chunk, weights: torch.Tensor, gradients: _HeadGradients
 ) -> torch.Tensor:
     """Results of a chunk's tokens; adds their gradients."""
-    student, teacher = _chunk_logits(head, target, chunk)
+    student = _student_logits(head, chunk)
+    teacher, kls = target.compare(head, chunk, student)
     # Over the logits, where the products with it are in the same dtype, or the cap's slope is still to come.
     is_over = student.dtype == head.weight.dtype or chunk.before_cap is not None
     gradient = student if is_over else torch.empty_like(student, dtype=head.weight.dtype)
@@ -370,7 +408,7 @@ def _one_pass(
     if chunk.before_cap is not None:
         head.uncap_(gradient, chunk.before_cap)
     gradients.add(chunk.tokens, gradient.to(head.weight.dtype))
-    return results
+    return torch.cat((results, kls))
 
 
 def _common_factor(grad_divergence: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
@@ -417,14 +455,36 @@ def divergence_of_head(
     Raises:
         ValueError: an unknown divergence, or numbers of tokens that differ.
     """
-    target = _Target.of(head, teacher, spec)
+    return divergence_by_teacher(head, teacher, spec, token_weights)[0]
+
+
+def divergence_by_teacher(
+    head: LinearLogits,
+    teacher: LogitSource,
+    spec: DivergenceSpec,
+    token_weights: torch.Tensor,
+) -> tuple[TokenDivergence, torch.Tensor]:
+    """`divergence_of_head`, and KL(S||T_k) in nats of each of the K teachers of a `MixtureLogits`, (K, n).
+
+    The KLs have no gradient. They are NaN at the tokens that a teacher has no weight in. K is 0 for other teachers.
+    """
+    _Target.of(head, teacher, spec)
     _require_per_token("token_weights", token_weights, head.shape[0])
+    sorting = _Sorting.of(teacher)
+    head, target = sorting.head(head), _Target.of(head, sorting.teacher, spec)
     needs_gradients = torch.is_grad_enabled()  # which a Function's forward cannot see
     with _exact(head):
         columns = _HeadDivergence.apply(
-            head.hidden, head.weight, head.bias, head, target, token_weights, needs_gradients
+            head.hidden, head.weight, head.bias, head, target, sorting.sort(token_weights), needs_gradients
         )
-    return TokenDivergence(*columns)
+    return _tokens_and_teachers(sorting.restore(columns))
+
+
+def _tokens_and_teachers(columns: list[torch.Tensor]) -> tuple[TokenDivergence, torch.Tensor]:
+    own = len(TokenDivergence._fields)
+    tokens = TokenDivergence(*columns[:own])
+    by_teacher = torch.stack(columns[own:]) if columns[own:] else tokens.divergence.new_empty((0, len(columns[0])))
+    return tokens, by_teacher
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -474,7 +534,8 @@ class _HeadTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, target, labels, log_prob_temperature):
-        results = hidden.new_empty((2 + len(TokenDivergence._fields), len(hidden)), dtype=head.dtype)
+        fields = 2 + len(TokenDivergence._fields) + target.teachers
+        results = hidden.new_empty((fields, len(hidden)), dtype=head.dtype)
         for chunk in _token_chunks(head, target, needs_gradients=False):
             tokens = chunk.tokens
             results[:, tokens] = _token_results(head, target, chunk, labels[tokens], log_prob_temperature)
@@ -503,8 +564,9 @@ class _HeadTokens(torch.autograd.Function):
 def _token_results(
     head: LinearLogits, target: _Target, chunk: _Chunk, labels: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """log_prob, entropy and the fields of TokenDivergence, (8, chunk)."""
-    student, teacher = _chunk_logits(head, target, chunk)
+    """log_prob, entropy, the fields of TokenDivergence and each teacher's KL, (8 + K, chunk)."""
+    student = _student_logits(head, chunk)
+    teacher, kls = target.compare(head, chunk, student)
     results = student.new_empty((2 + len(TokenDivergence._fields), len(student)))
     for rows in cache_blocks(student):
         policy = _Policy.of(student[rows], labels[rows], temperature / head.unit, head.weight.dtype)
@@ -512,7 +574,7 @@ def _token_results(
         del policy
         shared = student[rows, : target.vocab]
         results[2:, rows] = target.rows_(head, shared, teacher[rows], shared.new_ones(len(shared)), shared)
-    return results
+    return torch.cat((results, kls))
 
 
 def _token_gradient(
@@ -524,7 +586,8 @@ def _token_gradient(
     upstream: torch.Tensor,
 ) -> torch.Tensor:
     """With respect to the product (chunk, V), in the weight's dtype; `upstream` (3, chunk) of log_prob, entropy, D."""
-    student, teacher = _chunk_logits(head, target, chunk)
+    student = _student_logits(head, chunk)
+    teacher = target.teacher.in_units(chunk.tokens, chunk.teacher).to(student.dtype)
     for rows in cache_blocks(student):
         grad_log_prob, grad_entropy, grad_divergence = upstream[:, rows]
         policy = _Policy.of(student[rows], labels[rows], temperature / head.unit, head.weight.dtype)
@@ -557,15 +620,30 @@ def tokens_of_head(
     Raises:
         ValueError: an unknown divergence, numbers of tokens that differ, or labels that are not int64.
     """
-    target = _Target.of(head, teacher, spec)
+    return tokens_by_teacher(head, teacher, spec, labels, log_prob_temperature)[0]
+
+
+def tokens_by_teacher(
+    head: LinearLogits,
+    teacher: LogitSource,
+    spec: DivergenceSpec,
+    labels: torch.Tensor,
+    log_prob_temperature: float = 1.0,
+) -> tuple[PolicyTokens, torch.Tensor]:
+    """`tokens_of_head`, and the KL to each of several teachers as in `divergence_by_teacher`."""
+    _Target.of(head, teacher, spec)
     _require_per_token("labels", labels, head.shape[0])
     if labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype}: pass int64 token ids.")
+    sorting = _Sorting.of(teacher)
+    head, target = sorting.head(head), _Target.of(head, sorting.teacher, spec)
     with _exact(head):
-        log_prob, entropy, *columns = _HeadTokens.apply(
-            head.hidden, head.weight, head.bias, head, target, labels, log_prob_temperature
+        columns = _HeadTokens.apply(
+            head.hidden, head.weight, head.bias, head, target, sorting.sort(labels), log_prob_temperature
         )
-    return PolicyTokens(log_prob, entropy, TokenDivergence(*columns))
+    log_prob, entropy, *columns = sorting.restore(columns)
+    tokens, by_teacher = _tokens_and_teachers(columns)
+    return PolicyTokens(log_prob, entropy, tokens), by_teacher
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -575,19 +653,20 @@ def tokens_of_head(
 def linear_divergence(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor | Sequence[torch.Tensor],
+    teacher_weight: torch.Tensor | Sequence[torch.Tensor],
     *,
     distillation_type: str = "reverse_kl",
     beta: float = 1.0,
     temperature: float = 1.0,
     token_weights: Optional[torch.Tensor] = None,
     student_bias: Optional[torch.Tensor] = None,
-    teacher_bias: Optional[torch.Tensor] = None,
+    teacher_bias: Optional[torch.Tensor] | Sequence[Optional[torch.Tensor]] = None,
     student_scale: float = 1.0,
     student_softcap: Optional[float] = None,
-    teacher_scale: float = 1.0,
-    teacher_softcap: Optional[float] = None,
+    teacher_scale: float | Sequence[float] = 1.0,
+    teacher_softcap: Optional[float] | Sequence[Optional[float]] = None,
+    teacher_weights: Optional[Sequence[float]] = None,
 ) -> LinearDivergence:
     """sum_i token_weights[i] * D_i of two linear heads, with its gradient, in one pass and without their logits.
 
@@ -599,6 +678,9 @@ def linear_divergence(
         distillation_type, beta, temperature: see `DivergenceSpec` in `divergence.py`.
         token_weights: (n,) factors of the tokens' divergences, constants; None takes the mean over tokens.
         student_scale, student_softcap, teacher_scale, teacher_softcap: see `LinearLogits`.
+        teacher_weights: of several teachers, whose exact mixture is the target (`mixture.py`): `teacher_hidden` and
+            `teacher_weight` are then lists with one tensor for each, and so may be the teacher's other arguments.
+            Normalised here; None weighs all teachers alike.
 
     Returns:
         LinearDivergence: `loss` (scalar, nats; 0 for n = 0), per-token `divergence`, and its statistics as `metrics`.
@@ -606,12 +688,12 @@ def linear_divergence(
         probabilities of zero; how they enter is said in `divergence.py`.
 
     Raises:
-        ValueError: an unknown divergence, or shapes that do not belong together.
+        ValueError: an unknown divergence, shapes that do not belong together, or weights that weigh nothing.
     """
     spec = DivergenceSpec(distillation_type, beta, temperature)
     head = _head("student", student_hidden, student_weight, student_bias, student_scale, student_softcap, spec)
-    teacher = _head("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, spec)
-    _require_together(head, teacher)
+    settings = teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap
+    teacher = _teacher(head, settings, teacher_weights, spec)
     num_tokens = len(student_hidden)
     if token_weights is None:
         token_weights = student_hidden.new_full((num_tokens,), 1.0 / max(num_tokens, 1), dtype=head.dtype)
@@ -625,8 +707,8 @@ def linear_divergence(
 def linear_token_divergence(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor | Sequence[torch.Tensor],
+    teacher_weight: torch.Tensor | Sequence[torch.Tensor],
     labels: torch.Tensor,
     *,
     distillation_type: str = "reverse_kl",
@@ -634,11 +716,12 @@ def linear_token_divergence(
     temperature: float = 1.0,
     log_prob_temperature: float = 1.0,
     student_bias: Optional[torch.Tensor] = None,
-    teacher_bias: Optional[torch.Tensor] = None,
+    teacher_bias: Optional[torch.Tensor] | Sequence[Optional[torch.Tensor]] = None,
     student_scale: float = 1.0,
     student_softcap: Optional[float] = None,
-    teacher_scale: float = 1.0,
-    teacher_softcap: Optional[float] = None,
+    teacher_scale: float | Sequence[float] = 1.0,
+    teacher_softcap: Optional[float] | Sequence[Optional[float]] = None,
+    teacher_weights: Optional[Sequence[float]] = None,
 ) -> PolicyTokens:
     """Per token: the student's log-probability of a label, its entropy, and the divergence; all differentiable.
 
@@ -657,9 +740,42 @@ def linear_token_divergence(
     """
     spec = DivergenceSpec(distillation_type, beta, temperature)
     head = _head("student", student_hidden, student_weight, student_bias, student_scale, student_softcap, spec)
-    teacher = _head("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, spec)
-    _require_together(head, teacher)
+    settings = teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap
+    teacher = _teacher(head, settings, teacher_weights, spec)
     return tokens_of_head(head, teacher, spec, labels, log_prob_temperature)
+
+
+def _teacher(student: LinearLogits, settings: tuple, weights: Optional[Sequence[float]], spec) -> LogitSource:
+    """The teacher, or the mixture of several: of each of `settings`, a list has one for each teacher."""
+    hidden, weight, bias, scale, softcap = settings
+    if not isinstance(hidden, list | tuple):
+        if weights is not None:
+            raise ValueError(
+                f"teacher_weights={weights} and one teacher_hidden: pass a list with one for each teacher."
+            )
+        heads = [_head("teacher", hidden, weight, bias, scale, softcap, spec)]
+    else:
+        columns = [hidden, _one_for_each("teacher_weight", weight, len(hidden))]
+        for name, setting in (("teacher_bias", bias), ("teacher_scale", scale), ("teacher_softcap", softcap)):
+            is_list = isinstance(setting, list | tuple)
+            columns.append(_one_for_each(name, setting if is_list else [setting] * len(hidden), len(hidden)))
+        heads = [_head("teacher", h, w, b, factor, cap, spec) for h, w, b, factor, cap in zip(*columns, strict=True)]
+    for head in heads:
+        _require_together(student, head)
+    if not isinstance(hidden, list | tuple):
+        return heads[0]
+    return mixture_of(
+        heads, [1.0] * len(heads) if weights is None else weights, spec.temperature, student.hidden.device
+    )
+
+
+def _one_for_each(name: str, values: Any, teachers: int) -> Sequence:
+    if not isinstance(values, list | tuple) or len(values) != teachers or not teachers:
+        given = f"{len(values)} values" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
+        raise ValueError(
+            f"{name} is {given}, and teacher_hidden has {teachers}: pass a list with one for each teacher."
+        )
+    return values
 
 
 def _head(name: str, hidden, weight, bias, scale, softcap, spec: DivergenceSpec) -> LinearLogits:

@@ -34,7 +34,8 @@ from tensordict import TensorDict
 
 from verl.on_policy_distillation.config import HYBRID, PURE, RL_TERM, DistillationLossConfig
 from verl.on_policy_distillation.divergence import DivergenceSpec, LogitSource, TokenDivergence
-from verl.on_policy_distillation.head import LinearLogits, divergence_of_head, tokens_of_head
+from verl.on_policy_distillation.head import LinearLogits, divergence_by_teacher, tokens_by_teacher
+from verl.on_policy_distillation.mixture import MixtureLogits
 from verl.on_policy_distillation.tokens import TokenPlan, padded_response_mask, plan_tokens, response_rows
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, register_policy_loss
 from verl.utils import tensordict_utils as tu
@@ -56,6 +57,8 @@ __all__ = [
 
 # The student's and the teacher's logits of the n tokens of a plan -> named columns (n,), with their graph.
 HeadColumns = Callable[[LinearLogits, LogitSource], dict[str, torch.Tensor]]
+
+_KL_TO = "kl_to/"  # how the names of the columns begin that hold KL(S||T_k) of one of several teachers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,7 +180,8 @@ def _columns_of_hybrid(config: ActorConfig, data: TensorDict, plan: TokenPlan) -
 def _divergence_columns(
     student: LinearLogits, teacher: LogitSource, spec: DivergenceSpec, weights: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    return divergence_of_head(student, teacher, spec, weights)._asdict()
+    tokens, by_teacher = divergence_by_teacher(student, teacher, spec, weights)
+    return tokens._asdict() | _named(teacher, by_teacher)
 
 
 def _policy_columns(
@@ -188,9 +192,15 @@ def _policy_columns(
     temperature: float,
     with_entropy: bool,
 ) -> dict[str, torch.Tensor]:
-    policy = tokens_of_head(student, teacher, spec, labels, temperature)
+    policy, by_teacher = tokens_by_teacher(student, teacher, spec, labels, temperature)
     entropy = {"entropy": policy.entropy} if with_entropy else {}
-    return {"log_probs": policy.log_prob} | entropy | policy.tokens._asdict()
+    return {"log_probs": policy.log_prob} | entropy | policy.tokens._asdict() | _named(teacher, by_teacher)
+
+
+def _named(teacher: LogitSource, by_teacher: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A column for each of several teachers: the KL to it."""
+    names = teacher.names if isinstance(teacher, MixtureLogits) else ()
+    return {f"{_KL_TO}{name}": kl for name, kl in zip(names, by_teacher, strict=True)}
 
 
 _HEAD_COLUMNS = {PURE: _columns_of_pure, HYBRID: _columns_of_hybrid}
@@ -216,9 +226,11 @@ def actor_loss(config: ActorConfig) -> Callable[..., tuple[torch.Tensor, dict[st
 def _pure_loss(
     config: ActorConfig, model_output: Mapping[str, torch.Tensor], data: TensorDict, dp_group: Any = None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    tokens = _collect(model_output, plan_tokens(data))
+    plan = plan_tokens(data)
+    tokens = _collect(model_output, plan)
     require_distributions(tokens)
-    return _divergence_loss(config, tokens, data)
+    loss, metrics = _divergence_loss(config, tokens, data)
+    return loss, metrics | _teacher_metrics(model_output, plan, data)
 
 
 def _hybrid_loss(
@@ -236,7 +248,8 @@ def _hybrid_loss(
     log_probs = _with_old_log_probs(model_output["log_probs"], data, plan)
     loss, metrics = ppo_loss(rl_config, dict(model_output) | {"log_probs": log_probs}, data, dp_group)
     divergence, distillation = _divergence_loss(config, tokens, data)
-    return (loss + weight * divergence if weight != 0.0 else loss), metrics | distillation
+    metrics |= distillation | _teacher_metrics(model_output, plan, data)
+    return (loss + weight * divergence if weight != 0.0 else loss), metrics
 
 
 @register_policy_loss(RL_TERM)
@@ -257,6 +270,18 @@ def _divergence_loss(
         for name, value in distillation_metrics(tokens, loss).items()
     }
     return loss, metrics
+
+
+def _teacher_metrics(model_output: Mapping[str, torch.Tensor], plan: TokenPlan, data: TensorDict) -> dict[str, Metric]:
+    """Of each of several teachers: the share of tokens that it speaks for, and, times that share, the mean KL to it."""
+    tokens_of_a_rank = max(data["batch_num_tokens"], 1) / data["dp_size"]
+    metrics = {}
+    for column in (name for name in model_output if name.startswith(_KL_TO)):
+        kl, name = plan.collect(model_output[column]).detach(), column.removeprefix(_KL_TO)
+        counts = {"kl": kl.nansum(), "share": (~kl.isnan()).sum()}
+        for key, count in counts.items():
+            metrics[f"distillation/{name}/{key}"] = Metric(AggregationType.SUM, count.item() / tokens_of_a_rank)
+    return metrics
 
 
 def _collect(model_output: Mapping[str, torch.Tensor], plan: TokenPlan) -> TokenDivergence:

@@ -16,7 +16,7 @@
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,19 @@ class OutputProjection:
     bias: torch.Tensor | None
     scale: float = 1.0
     softcap: float | None = None
+
+    def to(self, device: torch.device | str) -> "OutputProjection":
+        """On `device`; itself where it is there already. From pinned memory the host does not wait for the copy."""
+        weight, bias = (
+            None if tensor is None else tensor.to(device, non_blocking=True) for tensor in (self.weight, self.bias)
+        )
+        assert weight is not None
+        return replace(self, weight=weight, bias=bias)
+
+    def pinned(self) -> "OutputProjection":
+        """In page-locked host memory, from which devices copy at full speed."""
+        bias = None if self.bias is None else self.bias.pin_memory()
+        return replace(self, weight=self.weight.pin_memory(), bias=bias)
 
 
 @dataclass(frozen=True)

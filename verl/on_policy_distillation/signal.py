@@ -17,7 +17,7 @@ A `Signal` covers the n supervised tokens of a micro-batch. `SignalStore` keeps 
 host memory of this process, under row ids: only the ids travel between a teacher's scoring and the student's update.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,10 +25,12 @@ import torch
 
 from verl.on_policy_distillation.divergence import DenseLogits, LogitSource
 from verl.on_policy_distillation.head import LinearLogits
+from verl.on_policy_distillation.mixture import MixtureLogits, MixturePart
 from verl.on_policy_distillation.output_projection import OutputProjection
 
-__all__ = ["HiddenStates", "Logits", "Signal", "SignalStore"]
+__all__ = ["NO_ROW", "HiddenStates", "Logits", "MissingRows", "Mixture", "RowIds", "Signal", "SignalStore"]
 
+NO_ROW = -1  # the id of samples whose rows nobody wants: they keep ranks in step
 _IDS_PER_RANK = 1 << 40
 
 
@@ -41,13 +43,16 @@ class Signal(Protocol):
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """Last hidden states `values` (n, H), projected by the teacher's own output projection when they are read."""
+    """Last hidden states `values` (n, H), projected by the teacher's own output projection when they are read.
+
+    `projection` brings it to the device, and is called for that alone.
+    """
 
     values: torch.Tensor
-    projection: OutputProjection
+    projection: Callable[[], OutputProjection]
 
     def logits(self) -> LinearLogits:
-        projection = self.projection
+        projection = self.projection()
         return LinearLogits(self.values, projection.weight, projection.bias, projection.scale, projection.softcap)
 
 
@@ -61,11 +66,48 @@ class Logits:
         return DenseLogits(self.values)
 
 
-class SignalStore:
-    """Rows (tokens, width) of samples in host memory, by row id.
+@dataclass(frozen=True)
+class Mixture:
+    """What several teachers say, to be mixed token by token.
 
-    Ids never repeat, and ranks of different data-parallel rank never share one, so an id from another step or another
-    rank is an error and not another sample's rows.
+    Args:
+        names: of all K teachers.
+        signals: of each, its signal of the m tokens that it has a weight in.
+        shares: (n, K), the weight of each teacher in each token; zero where it says nothing.
+        temperature: at which the distributions are mixed, see `mixture.py`.
+        vocab: the entries that all teachers have.
+    """
+
+    names: tuple[str, ...]
+    signals: tuple[Signal, ...]
+    shares: torch.Tensor
+    temperature: float
+    vocab: int
+
+    def logits(self) -> MixtureLogits:
+        parts = []
+        for signal, share in zip(self.signals, self.shares.unbind(-1), strict=True):
+            is_spoken_for = share > 0.0
+            row = torch.where(is_spoken_for, is_spoken_for.cumsum(0) - 1, -1)
+            parts.append(MixturePart(signal.logits, row, share.log()))
+        return MixtureLogits(tuple(parts), self.names, self.temperature, self.vocab)
+
+
+class MissingRows(KeyError):
+    """Samples whose rows are not in this process."""
+
+    def __init__(self, missing: Sequence[int], wanted: int):
+        super().__init__(
+            f"{len(missing)} of {wanted} samples have no teacher signal in this process (row {missing[0]}): "
+            "scoring and update must see the same samples on the same rank, in one step."
+        )
+
+
+class RowIds:
+    """Ids of samples that never repeat.
+
+    Ranks of different data-parallel rank never share one, so an id from another step or another rank is an error and
+    not another sample's rows.
 
     Args:
         rank: the data-parallel rank; ranks that hold the same samples share it.
@@ -73,34 +115,44 @@ class SignalStore:
 
     def __init__(self, rank: int):
         self._next = rank * _IDS_PER_RANK
-        self._rows: dict[int, torch.Tensor] = {}
 
-    def new_ids(self, samples: int) -> torch.Tensor:
+    def new(self, samples: int) -> torch.Tensor:
         """Ids that no sample has had, (samples,) int64."""
         first, self._next = self._next, self._next + samples
         return torch.arange(first, self._next)
 
+
+class SignalStore:
+    """Rows (tokens, width) of samples in host memory, by row id."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, torch.Tensor] = {}
+
     def put(self, ids: torch.Tensor, samples: Sequence[torch.Tensor]) -> None:
-        """Keep the rows (tokens, width) of each of the samples `ids`; a sample may have none."""
-        self._rows.update(zip(ids.tolist(), samples, strict=True))
+        """Keep the rows (tokens, width) of each of the samples `ids` but `NO_ROW`; a sample may have none."""
+        self._rows.update(pair for pair in zip(ids.tolist(), samples, strict=True) if pair[0] != NO_ROW)
 
     def get(self, ids: torch.Tensor, device: torch.device | str) -> torch.Tensor:
         """The rows of the samples `ids` (batch,), one sample after the other, on `device`.
 
         Raises:
-            KeyError: an id of another rank, or of a step whose rows were released.
+            MissingRows: an id of another rank, or of a step whose rows were released.
         """
         wanted = ids.tolist()
         if missing := [row for row in wanted if row not in self._rows]:
-            raise KeyError(
-                f"{len(missing)} of {len(wanted)} samples have no teacher signal in this process (row {missing[0]}): "
-                "scoring and update must see the same samples on the same rank, in one step."
-            )
+            raise MissingRows(missing, len(wanted))
+        if not wanted:  # a teacher that says nothing of these samples
+            return torch.empty((0, 0), device=device)
         return torch.cat([self._rows[row] for row in wanted]).to(device)
 
+    def counts(self, ids: torch.Tensor) -> torch.Tensor:
+        """How many rows are kept of each of the samples `ids`, (batch,) int64."""
+        return torch.tensor([len(self._rows.get(row, ())) for row in ids.tolist()], dtype=torch.int64)
+
     def num_bytes(self, ids: torch.Tensor) -> torch.Tensor:
-        """What is kept of each of the samples `ids`, (batch,) int64."""
-        return torch.tensor([self._rows[row].nbytes for row in ids.tolist()], dtype=torch.int64)
+        """What is kept of each of the samples `ids`, (batch,) int64; zero of one that has no rows here."""
+        rows = (self._rows.get(row) for row in ids.tolist())
+        return torch.tensor([0 if kept is None else kept.nbytes for kept in rows], dtype=torch.int64)
 
     def release(self) -> None:
         """Forget all rows."""

@@ -13,13 +13,17 @@
 # limitations under the License.
 """The teachers of a worker process: they score its samples, and what they say stays in the process until the update."""
 
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from omegaconf import DictConfig
 from tensordict import TensorDict
 
 from verl.on_policy_distillation import engine_fsdp  # registers the engines
-from verl.on_policy_distillation.config import TeacherConfig
+from verl.on_policy_distillation.config import TeacherConfig, teacher_groups
 from verl.on_policy_distillation.engine_fsdp import TEACHER_ROW
 from verl.on_policy_distillation.output_projection import (
     OutputProjection,
@@ -27,15 +31,26 @@ from verl.on_policy_distillation.output_projection import (
     find_output_projection,
     logit_transform,
 )
-from verl.on_policy_distillation.signal import HiddenStates, Logits, Signal, SignalStore
+from verl.on_policy_distillation.routing import Routes
+from verl.on_policy_distillation.signal import (
+    NO_ROW,
+    HiddenStates,
+    Logits,
+    MissingRows,
+    Mixture,
+    RowIds,
+    Signal,
+    SignalStore,
+)
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.device import get_device_id, get_device_name
 from verl.utils.memory_utils import aggressive_empty_cache
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
-__all__ = ["Scored", "Teacher", "Teachers"]
+__all__ = ["Projections", "Scored", "Teacher", "Teachers"]
 
 _ENGINES = {"hidden_states": engine_fsdp.TEACHER_HIDDEN_STATES, "logits": engine_fsdp.TEACHER_LOGITS}
 
@@ -48,7 +63,11 @@ class Scored(NamedTuple):
 
 
 class Teacher:
-    """A frozen language model on VERL's FSDP engine."""
+    """A frozen language model on VERL's FSDP engine.
+
+    The engine is forward-only, which VERL keeps in host memory (page-locked, with FSDP2) and brings to the device a
+    layer at a time: several teachers need the device memory of one layer.
+    """
 
     def __init__(self, config: TeacherConfig):
         engine_config = config.fsdp_config
@@ -62,26 +81,86 @@ class Teacher:
             )
         )
         self._worker.reset()
-        self._projection = _read_projection(config) if config.payload == "hidden_states" else None
         # VERL has measured the free memory for the rollout engines already, or is about to.
         aggressive_empty_cache(force_sync=True)
+        self.store = SignalStore()
+        self._worker.engine.connect(self.store.put, PrecisionType.to_dtype(config.payload_dtype))
 
     @property
     def dp_rank(self) -> int:
         return self._worker.engine.get_data_parallel_rank()
 
-    def connect(self, store: SignalStore) -> None:
-        """Set once: where what it says goes, by the row ids of the batch."""
-        self._worker.engine.connect(store.put, PrecisionType.to_dtype(self._config.payload_dtype))
+    @property
+    def vocab(self) -> int:
+        """Entries of its vocabulary."""
+        return self._config.model.hf_config.get_text_config().vocab_size
 
     def score(self, data: TensorDict) -> None:
-        """Say the rows (supervised tokens, width) of each sample, in ``payload_dtype``, in host memory."""
+        """Keep the rows (supervised tokens, width) of each sample, in ``payload_dtype``, in `store`."""
         tu.assign_non_tensor(data, temperature=1.0, compute_loss=False)
         self._worker.infer_batch(data)
 
-    def signal(self, rows: torch.Tensor) -> Signal:
-        """What `rows` (n, width), on the device, mean."""
-        return Logits(rows) if self._projection is None else HiddenStates(rows, self._projection)
+    def score_some(self, data: TensorDict, is_wanted: torch.Tensor) -> None:
+        """`score`, of the samples `is_wanted` (batch,) bool; all ranks call it, whatever each of them wants.
+
+        The ranks gather the model's weights together, so they run the same number of forwards: where one has fewer
+        samples than another, it repeats its shortest and nobody keeps the result.
+        """
+        wanted = is_wanted.nonzero().squeeze(-1)
+        samples = self._samples_of_a_rank(len(wanted))
+        if samples == 0:
+            return
+        shortest = data["input_ids"].offsets().diff().argmin().cpu()
+        index = torch.cat((wanted, shortest.repeat(samples - len(wanted))))
+        chosen = tu.index_select_tensor_dict(data, index)
+        chosen[TEACHER_ROW][len(wanted) :] = NO_ROW
+        self.score(chosen)
+
+    def _samples_of_a_rank(self, wanted: int) -> int:
+        """What the rank with the most samples wants, in whole micro-batches."""
+        most = torch.tensor([wanted], device=get_device_name())
+        if torch.distributed.is_initialized():
+            group = self._worker.engine.get_data_parallel_group()
+            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
+        size = 1 if self._config.use_dynamic_bsz else self._config.micro_batch_size_per_gpu or 1
+        return -(-int(most) // size) * size
+
+    def read_projection(self, device: torch.device | str | int) -> OutputProjection:
+        """Its output projection, from its checkpoint."""
+        config = self._config
+        text_config = config.model.hf_config.get_text_config()
+        file = find_output_projection(checkpoint_folder(config.model.local_path), bool(text_config.tie_word_embeddings))
+        dtype = PrecisionType.to_dtype(config.fsdp_config.model_dtype)
+        return file.load(device, dtype, logit_transform(text_config))
+
+
+class Projections:
+    """The teachers' output projections: `resident` of them on the device at a time, all in host memory.
+
+    Args:
+        read: of each teacher, reads its projection onto a device.
+        resident: how many the mixture of one sample needs.
+    """
+
+    def __init__(self, read: dict[str, Callable[..., OutputProjection]], resident: int):
+        self._resident, self._host = resident, {}
+        self._device: OrderedDict[str, OutputProjection] = OrderedDict()
+        if len(read) <= resident:  # they never leave
+            self._device.update((name, function(get_device_id())) for name, function in read.items())
+            return
+        is_accelerator = get_device_name() != "cpu"
+        for name, function in read.items():
+            projection = function("cpu")
+            self._host[name] = projection.pinned() if is_accelerator else projection
+
+    def get(self, name: str) -> OutputProjection:
+        """On the device; the one that was not asked for the longest makes room."""
+        if name not in self._device:
+            while len(self._device) >= self._resident:
+                self._device.popitem(last=False)
+            self._device[name] = self._host[name].to(get_device_id())
+        self._device.move_to_end(name)
+        return self._device[name]
 
 
 class Teachers:
@@ -89,36 +168,72 @@ class Teachers:
 
     Args:
         config: the ``teacher`` group of the trainer's configuration.
+        temperature: of the divergence, at which several teachers are mixed.
     """
 
-    def __init__(self, config: TeacherConfig):
-        self._teacher = Teacher(config)
-        self._store = SignalStore(self._teacher.dp_rank)
-        self._teacher.connect(self._store)
+    def __init__(self, config: DictConfig, temperature: float):
+        self._routes, self._temperature = Routes.of(config), temperature
+        configs = {name: omega_conf_to_dataclass(group) for name, group in teacher_groups(config).items()}
+        self._teachers = {name: Teacher(teacher) for name, teacher in configs.items()}
+        self._vocab = min(teacher.vocab for teacher in self._teachers.values())
+        self._ids = RowIds(next(iter(self._teachers.values())).dp_rank)
+        self._shares: dict[int, torch.Tensor] = {}
+        read = {name: self._teachers[name].read_projection for name in configs}
+        has_projections = all(teacher.payload == "hidden_states" for teacher in configs.values())
+        self._projections = Projections(read, self._routes.width) if has_projections else None
 
     def score(self, data: TensorDict) -> Scored:
         """Score the samples of `data`; what was said of an earlier batch is forgotten.
 
         Args:
             data: nested ``input_ids``, ``position_ids``, ``loss_mask``, ``response_mask``, ``prompts`` and
-                ``responses``.
+                ``responses``; and the fields of the data set that say where a sample goes.
         """
         self.release()
-        data[TEACHER_ROW] = ids = self._store.new_ids(len(data))
-        self._teacher.score(data)
-        return Scored(ids, self._store.num_bytes(ids))
+        fields = {column: _listed(data.pop(column)) for column in self._routes.columns}
+        shares = self._routes.shares(fields, len(data))
+        data[TEACHER_ROW] = ids = self._ids.new(len(data))
+        self._shares.update(zip(ids.tolist(), shares, strict=True))
+        for teacher, share in zip(self._teachers.values(), shares.unbind(-1), strict=True):
+            if len(self._teachers) == 1:
+                teacher.score(data)
+            else:
+                teacher.score_some(data, share > 0.0)
+        return Scored(ids, sum(teacher.store.num_bytes(ids) for teacher in self._teachers.values()))
 
     def signal(self, micro_batch: TensorDict, device: torch.device) -> Signal:
         """What was said of a micro-batch's supervised tokens, in their order."""
-        return self._teacher.signal(self._store.get(micro_batch[TEACHER_ROW], device))
+        ids = micro_batch[TEACHER_ROW].cpu()
+        if len(self._teachers) == 1:
+            [name] = self._teachers
+            return self._signal_of(name, ids, device)
+        if missing := [row for row in ids.tolist() if row not in self._shares]:
+            raise MissingRows(missing, len(ids))
+        shares = torch.stack([self._shares[row] for row in ids.tolist()])
+        stores = [teacher.store for teacher in self._teachers.values()]
+        counts = torch.stack([store.counts(ids) for store in stores]).amax(0)
+        return Mixture(
+            tuple(self._teachers),
+            tuple(
+                self._signal_of(name, ids[share > 0.0], device)
+                for name, share in zip(self._teachers, shares.unbind(-1), strict=True)
+            ),
+            shares.repeat_interleave(counts, dim=0).to(device),
+            self._temperature,
+            self._vocab,
+        )
 
     def release(self) -> None:
         """Forget what was said."""
-        self._store.release()
+        self._shares.clear()
+        for teacher in self._teachers.values():
+            teacher.store.release()
+
+    def _signal_of(self, name: str, ids: torch.Tensor, device: torch.device) -> Signal:
+        rows = self._teachers[name].store.get(ids, device)
+        return Logits(rows) if self._projections is None else HiddenStates(rows, partial(self._projections.get, name))
 
 
-def _read_projection(config: TeacherConfig) -> OutputProjection:
-    text_config = config.model.hf_config.get_text_config()
-    file = find_output_projection(checkpoint_folder(config.model.local_path), bool(text_config.tie_word_embeddings))
-    dtype = PrecisionType.to_dtype(config.fsdp_config.model_dtype)
-    return file.load(get_device_id(), dtype, logit_transform(text_config))
+def _listed(column) -> list:
+    """The values of a field that is no tensor, one for each sample."""
+    return column.tolist() if hasattr(column, "tolist") else list(column)

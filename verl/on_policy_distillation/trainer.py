@@ -29,9 +29,10 @@ from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from verl.on_policy_distillation.checks import loss_mode
+from verl.on_policy_distillation.checks import loss_mode, require_routes
 from verl.on_policy_distillation.config import PURE, is_distillation_loss
 from verl.on_policy_distillation.dump import DUMP_PATH
+from verl.on_policy_distillation.routing import Routes
 from verl.on_policy_distillation.storage_watch import StorageWatch
 from verl.on_policy_distillation.worker import with_teachers
 from verl.trainer.ppo.utils import Role
@@ -111,6 +112,10 @@ class _TrainerWithTeacher(PPOTrainer):
         with open_dict(self.config.actor_rollout_ref):
             self.config.actor_rollout_ref.teacher = self.config.teacher
 
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        require_routes(self.config.teacher, self.train_dataset)
+
     def fit(self, agent_loop_manager: Any) -> None:
         with StorageWatch(self.config, lambda: getattr(self, "logger", None)):
             super().fit(agent_loop_manager)
@@ -132,11 +137,17 @@ class _TrainerWithTeacher(PPOTrainer):
         batch = super()._update_actor(batch, metrics)
         for name in [name for name in metrics if name.startswith("actor/distillation/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
+        for share in [name for name in metrics if name.startswith("distillation/") and name.endswith("/share")]:
+            kl = share.removesuffix("share") + "kl"  # so far a sum over its tokens by the number of all
+            metrics[kl] = metrics[kl] / metrics[share] if metrics[share] else 0.0
         return batch
 
     def _score(self, batch: KVBatchMeta, metrics: dict) -> None:
         selected = KVBatchMeta(
-            keys=batch.keys, tags=batch.tags, partition_id=batch.partition_id, fields=_TEACHER_FIELDS
+            keys=batch.keys,
+            tags=batch.tags,
+            partition_id=batch.partition_id,
+            fields=[*_TEACHER_FIELDS, *Routes.of(self.config.teacher).columns],
         )
         self.actor_rollout_wg.score(selected)
         if batch.fields is not None:  # a selection, which the update would otherwise keep to

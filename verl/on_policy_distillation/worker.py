@@ -19,7 +19,7 @@ from functools import cache, partial
 from tensordict import TensorDict
 
 from verl.on_policy_distillation import engine_fsdp, losses
-from verl.on_policy_distillation.config import PURE, TeacherConfig
+from verl.on_policy_distillation.config import PURE
 from verl.on_policy_distillation.dump import TokenDump
 from verl.on_policy_distillation.teachers import Teachers
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
@@ -56,14 +56,12 @@ class _WorkerWithTeachers(ActorRolloutRefWorker):
     def init_model(self) -> None:
         """VERL's models, then the teachers, then what connects them."""
         super().init_model()
-        teacher_config: TeacherConfig = omega_conf_to_dataclass(self.config.teacher)
         actor_config: ActorConfig = omega_conf_to_dataclass(self.config.actor)
         actor_config.model_config = self.actor.model_config
-        self.teachers = Teachers(teacher_config)
+        temperature = actor_config.policy_loss.distillation_temperature
+        self.teachers = Teachers(self.config.teacher, temperature)
         dump = TokenDump(
-            tokenizer=self.actor.model_config.tokenizer,
-            size=teacher_config.dump_size,
-            temperature=actor_config.policy_loss.distillation_temperature,
+            tokenizer=self.actor.model_config.tokenizer, size=self.config.teacher.dump_size, temperature=temperature
         )
         self.actor.engine.connect(partial(losses.head_columns, actor_config), self.teachers.signal, dump)
         self.set_loss_fn(losses.actor_loss(actor_config))

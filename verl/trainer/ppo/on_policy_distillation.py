@@ -27,8 +27,8 @@ Trainers of one's own call the two functions with logits. VERL's trainer needs n
 divergences in the student's head, and ``verl/on_policy_distillation/losses.py`` aggregates them as these functions do.
 """
 
-from collections.abc import Mapping
-from typing import Any, Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -41,7 +41,14 @@ from verl.on_policy_distillation.config import (
     is_distillation_loss,
     policy_loss_section,
 )
-from verl.on_policy_distillation.divergence import DenseLogits, DivergenceSpec, TokenDivergence, token_divergence
+from verl.on_policy_distillation.divergence import (
+    DenseLogits,
+    DivergenceSpec,
+    LogitSource,
+    TokenDivergence,
+    token_divergence,
+)
+from verl.on_policy_distillation.mixture import mixture_of
 from verl.trainer.ppo.core_algos import register_policy_loss
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import ActorConfig, PolicyLossConfig
@@ -93,7 +100,9 @@ def compute_on_policy_distillation_loss(
         loss_agg_mode: any mode of VERL's `agg_loss`.
         config: None, a flat mapping, a DictConfig or VERL's ActorConfig; see `DistillationLossConfig`.
         teacher_logits: (batch, tokens, vocab), float32, bfloat16 or float16, or an object with such ``.logits``;
-            position t holds the logits that predict response token t. Never receives a gradient.
+            position t holds the logits that predict response token t. Never receives a gradient. A list of them is the
+            exact mixture of several teachers (``verl/on_policy_distillation/mixture.py``), with the weights
+            ``teacher_weights`` of `config`, one for each, normalised here; without them all weigh alike.
         student_logits: like `teacher_logits`; carries the gradient.
 
     Returns:
@@ -105,7 +114,8 @@ def compute_on_policy_distillation_loss(
             response token that are no distribution: NaN, +inf, or -inf throughout.
     """
     settings = DistillationLossConfig.from_config(config)
-    tokens, mask = _response_divergence(student_logits, teacher_logits, response_mask, settings.divergence)
+    teachers = _Teachers(teacher_logits, _teacher_weights(config))
+    tokens, mask = _response_divergence(student_logits, teachers, response_mask, settings.divergence)
     losses.require_distributions(tokens)
     loss = losses.aggregate(tokens.divergence, mask, loss_agg_mode, losses.global_batch_info(config))
     return _output(loss, losses.distillation_metrics(tokens, loss))
@@ -141,7 +151,8 @@ def compute_hybrid_rl_distillation_loss(
         ValueError: as in `compute_on_policy_distillation_loss`, and when the RL term's inputs are missing.
     """
     settings = DistillationLossConfig.from_config(config)
-    tokens, mask = _response_divergence(student_logits, teacher_logits, response_mask, settings.divergence)
+    teachers = _Teachers(teacher_logits, _teacher_weights(config))
+    tokens, mask = _response_divergence(student_logits, teachers, response_mask, settings.divergence)
     for name, value in (("old_log_prob", old_log_prob), ("log_prob", log_prob), ("advantages", advantages)):
         _require_rl_input(name, value, response_mask)
     if rollout_is_weights is not None:
@@ -173,12 +184,26 @@ def _output(loss: torch.Tensor, metrics: dict[str, float]) -> DistillationLossOu
 # inputs
 
 
+class _Teachers(NamedTuple):
+    """What the caller passed: the logits of one teacher or of several, and their weights."""
+
+    logits: Any
+    weights: Optional[Sequence[float]]
+
+
+def _teacher_weights(config: Any) -> Optional[Sequence[float]]:
+    weights = policy_loss_section(config).get("teacher_weights", None)
+    if weights is not None and (isinstance(weights, str) or not isinstance(weights, Sequence)):
+        raise ValueError(f"teacher_weights={weights!r} is no list: pass one number for each of teacher_logits.")
+    return weights
+
+
 def _response_divergence(
-    student_logits: Any, teacher_logits: Any, response_mask: torch.Tensor, spec: DivergenceSpec
+    student_logits: Any, teachers: _Teachers, response_mask: torch.Tensor, spec: DivergenceSpec
 ) -> tuple[TokenDivergence, torch.Tensor]:
     """Divergence of the n masked-in tokens, and the (batch, tokens) bool mask they come from."""
     for name, logits, origin in (
-        ("teacher_logits", teacher_logits, "the teacher's logits on the student's sequences"),
+        ("teacher_logits", teachers.logits, "the teacher's logits on the student's sequences"),
         ("student_logits", student_logits, "the student's logits, with their graph"),
     ):
         if logits is None:
@@ -186,12 +211,38 @@ def _response_divergence(
                 f"{name} is missing: pass {name}=, {origin}. VERL's own trainer needs no logits: set "
                 "teacher.model.path and start it with python -m verl.trainer.main_on_policy_distillation."
             )
-    student, teacher = _dense("student_logits", student_logits), _dense("teacher_logits", teacher_logits).detach()
-    _require_same_shape(student, teacher, response_mask)
-    mask = response_mask.to(student.device) != 0
+    student = _dense("student_logits", student_logits)
+    mask = response_mask.to(student.device) != 0 if isinstance(response_mask, torch.Tensor) else response_mask
+    teacher = _teacher_source(student, teachers, response_mask, spec)
     rows = mask.flatten().nonzero().squeeze(-1)
-    tokens = token_divergence(student.flatten(0, 1), rows, DenseLogits(teacher.flatten(0, 1)), rows, spec)
-    return tokens, mask
+    return token_divergence(student.flatten(0, 1), rows, teacher, rows, spec), mask
+
+
+def _teacher_source(
+    student: torch.Tensor, teachers: _Teachers, response_mask: torch.Tensor, spec: DivergenceSpec
+) -> LogitSource:
+    """The teacher's logits (batch * tokens, V), or the mixture of several."""
+    if not isinstance(teachers.logits, list | tuple):
+        if teachers.weights is not None:
+            raise ValueError(
+                f"teacher_weights={list(teachers.weights)} with one teacher: pass a list as teacher_logits."
+            )
+        teacher = _dense("teacher_logits", teachers.logits).detach()
+        _require_same_shape("teacher_logits", student, teacher, response_mask)
+        return DenseLogits(teacher.flatten(0, 1))
+    if not teachers.logits:
+        raise ValueError("teacher_logits is an empty list: pass the logits of one teacher or more.")
+    sources = []
+    for number, logits in enumerate(teachers.logits):
+        name = f"teacher_logits[{number}]"
+        teacher = _dense(name, logits).detach()
+        _require_same_shape(name, student, teacher, response_mask)
+        sources.append(DenseLogits(teacher.flatten(0, 1)))
+    weights = [1.0] * len(sources) if teachers.weights is None else teachers.weights
+    try:
+        return mixture_of(sources, weights, spec.temperature, student.device)
+    except ValueError as error:
+        raise ValueError(f"teacher_weights: {error}") from None
 
 
 def _dense(name: str, logits: Any) -> torch.Tensor:
@@ -209,7 +260,7 @@ def _dense(name: str, logits: Any) -> torch.Tensor:
     return logits
 
 
-def _require_same_shape(student: torch.Tensor, teacher: torch.Tensor, response_mask: Any) -> None:
+def _require_same_shape(teacher_name: str, student: torch.Tensor, teacher: torch.Tensor, response_mask: Any) -> None:
     if not isinstance(response_mask, torch.Tensor) or response_mask.dim() != 2:
         given = tuple(response_mask.shape) if isinstance(response_mask, torch.Tensor) else type(response_mask).__name__
         raise ValueError(f"response_mask is {given}: pass a (batch, tokens) tensor, bool, int or float.")
@@ -217,7 +268,7 @@ def _require_same_shape(student: torch.Tensor, teacher: torch.Tensor, response_m
         raise ValueError("response_mask has NaN: pass nonzero for the tokens of the loss and zero for all others.")
     if student.shape[-1] != teacher.shape[-1]:
         raise ValueError(
-            f"student_logits have a vocabulary of {student.shape[-1]}, teacher_logits of {teacher.shape[-1]}: both "
+            f"student_logits have a vocabulary of {student.shape[-1]}, {teacher_name} of {teacher.shape[-1]}: both "
             "must share one tokenizer; if only the padding differs, cut both to the tokenizer's length."
         )
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
@@ -229,7 +280,7 @@ def _require_same_shape(student: torch.Tensor, teacher: torch.Tensor, response_m
             )
     if teacher.device != student.device:
         raise ValueError(
-            f"teacher_logits are on {teacher.device}, student_logits on {student.device}: "
+            f"{teacher_name} are on {teacher.device}, student_logits on {student.device}: "
             "move the teacher's to the student's device."
         )
 
