@@ -159,6 +159,21 @@ def test_a_named_teacher_is_checked_as_the_one_teacher_is(paths, overrides, said
         validate(config_of(paths, *(override.format(**paths) for override in overrides)))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["teacher.topk=8"], "teacher.topk=8 has no effect with teacher.payload=hidden_states"),
+        (["teacher.payload=topk"], "teacher.topk=None with teacher.payload=topk: set it to how many"),
+        (["teacher.payload=topk", "teacher.topk=0"], "teacher.topk=0"),
+        (["teacher.payload=topk", "teacher.topk=2.5"], "teacher.topk=2.5"),
+        (["teacher.payload=topk", "teacher.topk=100000"], "teacher.topk=100000 is more than the 258 entries"),
+    ],
+)
+def test_a_top_k_says_how_many(paths, overrides, said):
+    with pytest.raises(ValueError, match=said):
+        validate(config_of(paths, f"teacher.model.path={paths['code']}", *overrides))
+
+
 def test_teachers_beside_another_loss_are_refused(paths):
     config = make_config(f"+teacher.models.code.path={paths['code']}")
     with pytest.raises(ValueError, match="teacher.models.code=.* has no effect with .*loss_mode=vanilla"):

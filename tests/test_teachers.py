@@ -18,12 +18,14 @@ As test_engine.py, whose pieces are used. Which teacher speaks for a sample, and
 
 import pytest
 import torch
+from test_buckets import bucketed
 from test_engine import HYBRID, LOSS, MICRO, PURE, divergence, make_batch, response_logits, run_workers, sharpened
 from transformers import AutoModelForCausalLM
 
 NAMES = ("maths", "code", "chat")
 ROUTED = ("teacher.routing_key=data_source",)
 GKD = (f"{LOSS}.distillation_type=gkd", f"{LOSS}.distillation_beta=0.3", f"{LOSS}.distillation_temperature=1.7")
+TOP_K = ("teacher.payload=topk", "teacher.topk=7")
 WEIGHTS = ("+teacher.models.maths.weight=1", "+teacher.models.code.weight=3", "+teacher.models.chat.weight=0.5")
 
 
@@ -69,9 +71,11 @@ CASES = {
         two_on_a_route,
         TEMPERED,
     ),
+    "top_k": ((PURE, f"{MICRO}=4", *GKD, *TOP_K), lambda row: dict.fromkeys(NAMES, 1 / 3), TEMPERED),
+    "routed_top_k": ((HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_rl=0", *ROUTED, *TOP_K), the_route, PLAIN),
     "sample_weights": ((PURE, f"{MICRO}=4", "teacher.weights_key=weights", *GKD), its_own, TEMPERED),
 }
-TWO_RANKS = ("mixture", "routed", "routed_dynamic", "both", "routed_hybrid", "sample_weights")
+TWO_RANKS = ("top_k", "routed_top_k", "mixture", "routed", "routed_dynamic", "both", "routed_hybrid", "sample_weights")
 
 
 def make_rows():
@@ -140,7 +144,11 @@ def reference(checkpoints, batch):
                     target = response_logits(models[teacher], row)[:, :vocab]
                 mixture = mixture + weight * torch.softmax(target / temperature, -1)
                 kls[teacher].append(divergence(logits.detach(), target, "reverse_kl", 1.0, temperature)[mask])
-            losses.append(divergence(logits, temperature * mixture.log(), kind, beta, temperature)[mask])
+            sides = logits, temperature * mixture.log()
+            if "top_k" in name:
+                ids = mixture.topk(7).indices
+                sides = [temperature * bucketed(side, ids, temperature) for side in sides]
+            losses.append(divergence(*sides, kind, beta, temperature)[mask])
         loss = torch.cat(losses).mean()
         loss.backward()
         tokens = {teacher: torch.cat(found) if found else torch.empty(0) for teacher, found in kls.items()}
@@ -158,9 +166,20 @@ def assert_is(result, expected):
     assert gradients.keys() == result["gradients"].keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(result["gradients"][name].double(), gradient, rtol=2e-4, atol=2e-6, msg=name)
-    for name, (share, kl) in teachers.items():
+    for name, (share, kl) in teachers.items() if f"distillation/{NAMES[0]}/kl" in metrics else ():
         assert metrics[f"distillation/{name}/share"] == pytest.approx(share, rel=1e-6, abs=1e-9)
         assert metrics[f"distillation/{name}/kl"] == pytest.approx(kl, rel=2e-5, abs=1e-9)
+
+
+def test_each_teacher_has_its_metrics_unless_only_a_top_k_of_the_mixture_is_kept(one_rank):
+    for name, result in one_rank.items():
+        found = {f"distillation/{teacher}/{key}" for teacher in NAMES for key in ("kl", "share")}
+        assert found.isdisjoint(result["metrics"]) if "top_k" in name else found <= result["metrics"].keys()
+
+
+def test_a_top_k_is_as_large_as_it_says(one_rank, batch):
+    tokens = sum(sum(row["mask"]) for row in batch)
+    assert one_rank["top_k"]["payload"][-1] == tokens * (7 * 4 + 8 * 4)
 
 
 @pytest.mark.parametrize("name", CASES)

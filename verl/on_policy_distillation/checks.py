@@ -310,10 +310,13 @@ def _check_checkpoints(config: DictConfig, key: str) -> None:
     teacher = _load_config(f"{key}.path", path, config.teacher.model)
     _check_tokenizers(config, key, student, teacher)
     _check_context(config, key, teacher)
+    vocab = min(model.get_text_config().vocab_size for model in (student, teacher))
+    if config.teacher.payload == "topk" and config.teacher.topk > vocab:
+        raise ValueError(f"teacher.topk={config.teacher.topk} is more than the {vocab} entries there are: lower it.")
     for name, local in (("actor_rollout_ref.model.path", student_path), (f"{key}.path", path)):
         if os.path.isdir(_local_path(local)):
             require_readable(name, _local_path(local))
-    if config.teacher.payload == "hidden_states" and os.path.isdir(_local_path(path)):
+    if config.teacher.payload != "logits" and os.path.isdir(_local_path(path)):
         find_output_projection(_local_path(path), tied=bool(teacher.get_text_config().tie_word_embeddings))
 
 
@@ -350,8 +353,22 @@ def _check_teacher_settings(config: DictConfig) -> None:
     payload = config.teacher.payload
     if payload not in TEACHER_PAYLOADS:
         raise ValueError(f"teacher.payload={payload} is not a payload: choose one of {list(TEACHER_PAYLOADS)}.")
+    _check_top_k(config.teacher)
     for key in ("teacher.payload_dtype", "teacher.fsdp_config.model_dtype"):
         _check_dtype(key, OmegaConf.select(config, key))
+
+
+def _check_top_k(teacher: DictConfig) -> None:
+    if teacher.payload != "topk":
+        if teacher.topk is not None:
+            raise ValueError(
+                f"teacher.topk={teacher.topk} has no effect with teacher.payload={teacher.payload}: set "
+                "teacher.payload=topk, or leave it out."
+            )
+    elif not _is_whole(teacher.topk) or teacher.topk < 1:
+        raise ValueError(
+            f"teacher.topk={teacher.topk!r} with teacher.payload=topk: set it to how many entries to keep, such as 64."
+        )
 
 
 def _check_teacher_keys(teacher: DictConfig) -> None:

@@ -52,7 +52,7 @@ PURE = "on_policy_distillation"
 HYBRID = "hybrid_rl_distillation"
 RL_TERM = "hybrid_rl_distillation_rl_term"  # what VERL's `ppo_loss` calls in hybrid mode; no loss for users to name
 
-TEACHER_PAYLOADS = ("hidden_states", "logits")
+TEACHER_PAYLOADS = ("hidden_states", "logits", "topk")
 
 # What a beta without a type chooses, and the beta that a type without a mixture goes with.
 _TYPE_OF_BETA = {1.0: "reverse_kl", 0.0: "forward_kl"}
@@ -185,6 +185,7 @@ class TeacherConfig(BaseConfig):
     fsdp_config: FSDPEngineConfig = field(default_factory=FSDPEngineConfig)
     payload: str = "hidden_states"
     payload_dtype: str = "bfloat16"
+    topk: Optional[int] = None
     use_dynamic_bsz: bool = False
     micro_batch_size_per_gpu: Optional[int] = None
     max_token_len_per_gpu: int = 16384

@@ -45,6 +45,7 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence
 import torch
 
 from verl.on_policy_distillation import divergence as divergence_module
+from verl.on_policy_distillation.buckets import TopKTail, coarsen_, refine
 from verl.on_policy_distillation.divergence import (
     DIVERGENCES,
     DivergenceSpec,
@@ -265,6 +266,11 @@ class _Target(NamedTuple):
             raise ValueError(f"distillation_type={spec.distillation_type!r}: choose one of {list(DIVERGENCES)}.")
         if head.shape[0] != teacher.shape[0]:
             raise ValueError(f"the head has {head.shape[0]} tokens, the teacher {teacher.shape[0]}: pass the same.")
+        if isinstance(teacher, TopKTail) and teacher.temperature != spec.temperature:
+            raise ValueError(
+                f"the top-k is of temperature {teacher.temperature}, the divergence of {spec.temperature}: take both "
+                "at the same."
+            )
         return cls(teacher.cut(head.shape[1]), spec)
 
     @property
@@ -276,11 +282,18 @@ class _Target(NamedTuple):
         """Of how many teachers the KL is wanted one by one."""
         return len(self.teacher.parts) if isinstance(self.teacher, MixtureLogits) else 0
 
-    def compare(self, head: LinearLogits, chunk: "_Chunk", student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's logits in its units, and KL(S||T_k) of each of `teachers`, (K, chunk)."""
+    def said(self, chunk: "_Chunk", dtype: torch.dtype) -> torch.Tensor | TopKTail:
+        """What the teacher says of a chunk: logits in its units."""
+        if isinstance(self.teacher, TopKTail):
+            return self.teacher.tokens(chunk.tokens)
+        return self.teacher.in_units(chunk.tokens, chunk.teacher).to(dtype)
+
+    def compare(
+        self, head: LinearLogits, chunk: "_Chunk", student: torch.Tensor
+    ) -> tuple[torch.Tensor | TopKTail, torch.Tensor]:
+        """`said`, and KL(S||T_k) of each of `teachers`, (K, chunk)."""
         if not isinstance(self.teacher, MixtureLogits):
-            logits = self.teacher.in_units(chunk.tokens, chunk.teacher).to(student.dtype)
-            return logits, logits.new_empty((0, len(logits)))
+            return self.said(chunk, student.dtype), student.new_empty((0, len(student)))
         mixed, kls = self.teacher.compare(chunk.tokens, student, self.spec.temperature / head.unit)
         return mixed.to(student.dtype), kls.to(student.dtype)
 
@@ -288,14 +301,34 @@ class _Target(NamedTuple):
         self,
         head: LinearLogits,
         student: torch.Tensor,
-        teacher: torch.Tensor,
+        said: torch.Tensor | TopKTail,
         weights: torch.Tensor,
         gradient: torch.Tensor,
     ) -> torch.Tensor:
         """`divergence_rows_` of both sides in their units; the gradient is by the student's."""
-        temperatures = Temperatures(self.spec.temperature / head.unit, self.spec.temperature / self.teacher.unit)
+        temperature = self.spec.temperature / head.unit
+        if isinstance(said, TopKTail):
+            return self._coarse_rows_(temperature, student, said, weights, gradient)
+        temperatures = Temperatures(temperature, self.spec.temperature / self.teacher.unit)
         function = implementation(student, self.spec).divergence_rows_
-        return function(student, teacher, self.spec, temperatures, weights, gradient)
+        return function(student, said, self.spec, temperatures, weights, gradient)
+
+    def _coarse_rows_(
+        self, temperature: float, student: torch.Tensor, said: TopKTail, weights: torch.Tensor, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        coarse = coarsen_(student, said.ids, temperature)
+        teacher = said.log_prob.to(coarse.logits.dtype, copy=True)
+        slope, one = torch.empty_like(coarse.logits), Temperatures(1.0, 1.0)
+        # Its temperature is in the logits already.
+        function = implementation(student, self.spec).divergence_rows_
+        scaled = (weights / temperature).to(slope.dtype)
+        results = function(coarse.logits.clone(), teacher, self.spec, one, scaled, slope)
+        refine(coarse, slope, gradient)
+        return results
+
+
+def _rows_of(said: torch.Tensor | TopKTail, rows: slice) -> torch.Tensor | TopKTail:
+    return said.tokens(rows) if isinstance(said, TopKTail) else said[rows]
 
 
 @dataclass(frozen=True)
@@ -445,7 +478,9 @@ def divergence_of_head(
 
     Args:
         head: the student's logits (n, V_s); gradients flow to its tensors.
-        teacher: logits (n, V_t); never receives a gradient. Where V_s and V_t differ, both are cut to the shorter.
+        teacher: logits (n, V_t); never receives a gradient. Where V_s and V_t differ, both are cut to the shorter. Or
+            the k largest entries and the rest (`buckets.py`), taken at the temperature of `spec`: divergence and
+            statistics are then those between distributions over k + 1 outcomes.
         token_weights: (n,), a promise: the loss is, up to a common factor, sum_i token_weights[i] * divergence[i].
 
     Returns:
@@ -573,7 +608,7 @@ def _token_results(
         results[:2, rows] = torch.stack((policy.log_prob, policy.entropy))
         del policy
         shared = student[rows, : target.vocab]
-        results[2:, rows] = target.rows_(head, shared, teacher[rows], shared.new_ones(len(shared)), shared)
+        results[2:, rows] = target.rows_(head, shared, _rows_of(teacher, rows), shared.new_ones(len(shared)), shared)
     return torch.cat((results, kls))
 
 
@@ -587,14 +622,14 @@ def _token_gradient(
 ) -> torch.Tensor:
     """With respect to the product (chunk, V), in the weight's dtype; `upstream` (3, chunk) of log_prob, entropy, D."""
     student = _student_logits(head, chunk)
-    teacher = target.teacher.in_units(chunk.tokens, chunk.teacher).to(student.dtype)
+    teacher = target.said(chunk, student.dtype)
     for rows in cache_blocks(student):
         grad_log_prob, grad_entropy, grad_divergence = upstream[:, rows]
         policy = _Policy.of(student[rows], labels[rows], temperature / head.unit, head.weight.dtype)
         gradient = policy.gradient(labels[rows], temperature / head.unit, grad_log_prob, grad_entropy)
         del policy
         shared = student[rows, : target.vocab]
-        target.rows_(head, shared, teacher[rows], grad_divergence, shared)
+        target.rows_(head, shared, _rows_of(teacher, rows), grad_divergence, shared)
         gradient[:, : target.vocab] += shared
         student[rows] = gradient
     if chunk.before_cap is not None:

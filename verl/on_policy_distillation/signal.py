@@ -23,12 +23,13 @@ from typing import Protocol
 
 import torch
 
+from verl.on_policy_distillation.buckets import TopKTail
 from verl.on_policy_distillation.divergence import DenseLogits, LogitSource
 from verl.on_policy_distillation.head import LinearLogits
 from verl.on_policy_distillation.mixture import MixtureLogits, MixturePart
 from verl.on_policy_distillation.output_projection import OutputProjection
 
-__all__ = ["NO_ROW", "HiddenStates", "Logits", "MissingRows", "Mixture", "RowIds", "Signal", "SignalStore"]
+__all__ = ["NO_ROW", "HiddenStates", "Logits", "MissingRows", "Mixture", "RowIds", "Signal", "SignalStore", "TopK"]
 
 NO_ROW = -1  # the id of samples whose rows nobody wants: they keep ranks in step
 _IDS_PER_RANK = 1 << 40
@@ -91,6 +92,16 @@ class Mixture:
             row = torch.where(is_spoken_for, is_spoken_for.cumsum(0) - 1, -1)
             parts.append(MixturePart(signal.logits, row, share.log()))
         return MixtureLogits(tuple(parts), self.names, self.temperature, self.vocab)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k largest probabilities and the rest, `values` of n tokens."""
+
+    values: TopKTail
+
+    def logits(self) -> TopKTail:
+        return self.values
 
 
 class MissingRows(KeyError):

@@ -23,7 +23,9 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 
 from verl.on_policy_distillation import engine_fsdp  # registers the engines
+from verl.on_policy_distillation.buckets import TopKTail, top_k_tail
 from verl.on_policy_distillation.config import TeacherConfig, teacher_groups
+from verl.on_policy_distillation.divergence import LogitSource
 from verl.on_policy_distillation.engine_fsdp import TEACHER_ROW
 from verl.on_policy_distillation.output_projection import (
     OutputProjection,
@@ -41,6 +43,7 @@ from verl.on_policy_distillation.signal import (
     RowIds,
     Signal,
     SignalStore,
+    TopK,
 )
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
@@ -52,7 +55,11 @@ from verl.workers.engine_workers import TrainingWorker
 
 __all__ = ["Projections", "Scored", "Teacher", "Teachers"]
 
-_ENGINES = {"hidden_states": engine_fsdp.TEACHER_HIDDEN_STATES, "logits": engine_fsdp.TEACHER_LOGITS}
+_ENGINES = {
+    "hidden_states": engine_fsdp.TEACHER_HIDDEN_STATES,
+    "logits": engine_fsdp.TEACHER_LOGITS,
+    "topk": engine_fsdp.TEACHER_HIDDEN_STATES,
+}
 
 
 class Scored(NamedTuple):
@@ -168,19 +175,20 @@ class Teachers:
 
     Args:
         config: the ``teacher`` group of the trainer's configuration.
-        temperature: of the divergence, at which several teachers are mixed.
+        temperature: of the divergence, at which several teachers are mixed and a top-k is taken.
+        vocab: entries of the student's vocabulary.
     """
 
-    def __init__(self, config: DictConfig, temperature: float):
+    def __init__(self, config: DictConfig, temperature: float, vocab: int):
         self._routes, self._temperature = Routes.of(config), temperature
         configs = {name: omega_conf_to_dataclass(group) for name, group in teacher_groups(config).items()}
         self._teachers = {name: Teacher(teacher) for name, teacher in configs.items()}
-        self._vocab = min(teacher.vocab for teacher in self._teachers.values())
+        self._vocab = min(vocab, *(teacher.vocab for teacher in self._teachers.values()))
+        self._top_k = TopKStore(config.topk, self._vocab, temperature) if config.payload == "topk" else None
         self._ids = RowIds(next(iter(self._teachers.values())).dp_rank)
         self._shares: dict[int, torch.Tensor] = {}
         read = {name: self._teachers[name].read_projection for name in configs}
-        has_projections = all(teacher.payload == "hidden_states" for teacher in configs.values())
-        self._projections = Projections(read, self._routes.width) if has_projections else None
+        self._projections = None if config.payload == "logits" else Projections(read, self._routes.width)
 
     def score(self, data: TensorDict) -> Scored:
         """Score the samples of `data`; what was said of an earlier batch is forgotten.
@@ -199,11 +207,27 @@ class Teachers:
                 teacher.score(data)
             else:
                 teacher.score_some(data, share > 0.0)
-        return Scored(ids, sum(teacher.store.num_bytes(ids) for teacher in self._teachers.values()))
+        if self._top_k is None:
+            return Scored(ids, sum(teacher.store.num_bytes(ids) for teacher in self._teachers.values()))
+        self._keep_top_k(ids, shares)
+        return Scored(ids, self._top_k.num_bytes(ids))
 
     def signal(self, micro_batch: TensorDict, device: torch.device) -> Signal:
         """What was said of a micro-batch's supervised tokens, in their order."""
         ids = micro_batch[TEACHER_ROW].cpu()
+        return self._said(ids, device) if self._top_k is None else TopK(self._top_k.get(ids, device))
+
+    def _keep_top_k(self, ids: torch.Tensor, shares: torch.Tensor) -> None:
+        """Make a top-k of what was said of the samples `ids`, of those of the same teachers one after the other."""
+        assert self._top_k is not None
+        route = (shares > 0.0).long() @ (1 << torch.arange(shares.shape[-1]))
+        for index in route.argsort(stable=True):
+            sample = ids[index : index + 1]
+            self._top_k.put(sample, self._said(sample, torch.device(get_device_name())).logits())
+        for teacher in self._teachers.values():
+            teacher.store.release()
+
+    def _said(self, ids: torch.Tensor, device: torch.device) -> Signal:
         if len(self._teachers) == 1:
             [name] = self._teachers
             return self._signal_of(name, ids, device)
@@ -226,12 +250,39 @@ class Teachers:
     def release(self) -> None:
         """Forget what was said."""
         self._shares.clear()
+        if self._top_k is not None:
+            self._top_k.release()
         for teacher in self._teachers.values():
             teacher.store.release()
 
     def _signal_of(self, name: str, ids: torch.Tensor, device: torch.device) -> Signal:
         rows = self._teachers[name].store.get(ids, device)
         return Logits(rows) if self._projections is None else HiddenStates(rows, partial(self._projections.get, name))
+
+
+class TopKStore:
+    """The top-k of samples in host memory, by row id."""
+
+    def __init__(self, k: int, vocab: int, temperature: float):
+        self._k, self._vocab, self._temperature = k, vocab, temperature
+        self._ids, self._log_prob = SignalStore(), SignalStore()
+
+    def put(self, sample: torch.Tensor, logits: LogitSource) -> None:
+        """Take it of one sample's logits (n, V)."""
+        said = top_k_tail(logits.cut(self._vocab), self._k, self._temperature)
+        self._ids.put(sample, [said.ids.cpu()])
+        self._log_prob.put(sample, [said.log_prob.float().cpu()])
+
+    def get(self, ids: torch.Tensor, device: torch.device) -> TopKTail:
+        """Of the samples `ids`, one after the other."""
+        return TopKTail(self._ids.get(ids, device), self._log_prob.get(ids, device), self._vocab, self._temperature)
+
+    def num_bytes(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._ids.num_bytes(ids) + self._log_prob.num_bytes(ids)
+
+    def release(self) -> None:
+        self._ids.release()
+        self._log_prob.release()
 
 
 def _listed(column) -> list:

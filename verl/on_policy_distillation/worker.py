@@ -59,7 +59,8 @@ class _WorkerWithTeachers(ActorRolloutRefWorker):
         actor_config: ActorConfig = omega_conf_to_dataclass(self.config.actor)
         actor_config.model_config = self.actor.model_config
         temperature = actor_config.policy_loss.distillation_temperature
-        self.teachers = Teachers(self.config.teacher, temperature)
+        vocab = self.actor.model_config.hf_config.get_text_config().vocab_size
+        self.teachers = Teachers(self.config.teacher, temperature, vocab)
         dump = TokenDump(
             tokenizer=self.actor.model_config.tokenizer, size=self.config.teacher.dump_size, temperature=temperature
         )
