@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from verl.on_policy_distillation import hydra_source
 from verl.on_policy_distillation.engine_fsdp import ENDS_IN_COLUMNS, TEACHER_ROW
+from verl.on_policy_distillation.head import LinearLogits
 from verl.on_policy_distillation.signal import HiddenStates, Logits
 from verl.on_policy_distillation.worker import with_teachers
 from verl.utils import tensordict_utils as tu
@@ -117,7 +118,8 @@ def make_actor(config, is_dense):
 
 def payload_of(actor, rows):
     """(dtype, width, bytes) of what the teacher said of the samples `rows`; nothing of several teachers."""
-    signal = actor.teachers.signal(TensorDict({TEACHER_ROW: rows}, batch_size=len(rows)), torch.device("cpu"))
+    head = LinearLogits(torch.empty(0, 1), torch.empty(1, 1))  # nothing of it but its device is read
+    signal = actor.teachers.signal(TensorDict({TEACHER_ROW: rows}, batch_size=len(rows)), head)
     if not isinstance(signal, HiddenStates | Logits):
         return ()
     return signal.values.dtype, signal.values.shape[-1], signal.values.nbytes

@@ -147,7 +147,7 @@ MISTAKES = {
     "pure with KL reward": ([PURE, "algorithm.use_kl_in_reward=True"], "use_kl_in_reward=True.*hybrid_rl_distillation"),
     "pure with critic": ([PURE, "critic.enable=True"], "critic.enable=True.*hybrid_rl_distillation"),
     "pure with entropy": ([PURE, f"{ACTOR}.entropy_coeff=0.01"], "entropy_coeff=0.01.*Set it to 0"),
-    "payload": ([PURE, "teacher.payload=logit"], r"teacher.payload=logit .*\['hidden_states', 'logits'\]"),
+    "payload": ([PURE, "teacher.payload=logit"], r"teacher.payload=logit .*\['hidden_states', 'logits', 'topk'\]"),
     "payload dtype": ([PURE, "teacher.payload_dtype=bf8"], "teacher.payload_dtype=bf8 is not a dtype: set it to"),
     "path": ([PURE, "teacher.model.path=5"], "teacher.model.path=5 is no path: set it to"),
     "dynamic": ([PURE, "teacher.use_dynamic_bsz=maybe"], "teacher.use_dynamic_bsz='maybe': set it to True or False"),

@@ -103,10 +103,13 @@ class FailingWorker(ActorRolloutRefWorker):
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_a_teacher_said_is_forgotten_after_the_update_whatever_happens(fails):
     class Teachers:
-        released = 0
+        released, followed = 0, 0
 
         def release(self):
             self.released += 1
+
+        def follow(self):
+            self.followed += 1
 
     worker = with_teachers(FailingWorker)()
     worker.teachers = Teachers()
@@ -116,4 +119,4 @@ def test_what_a_teacher_said_is_forgotten_after_the_update_whatever_happens(fail
             worker.update_actor(data)
     else:
         worker.update_actor(data)
-    assert worker.teachers.released == 1
+    assert worker.teachers.released == 1 and worker.teachers.followed == (0 if fails else 1)

@@ -202,7 +202,7 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def run_workers(folder, name, cases, batch, world_size):
+def run_workers(folder, name, cases, batch, world_size, script="engine_process.py"):
     """Results per case from `world_size` processes of VERL's workers."""
     spec, out = folder / f"{name}.spec.pt", folder / f"{name}.out.pt"
     torch.save({"cases": cases, "batch": batch}, spec)
@@ -214,7 +214,7 @@ def run_workers(folder, name, cases, batch, world_size):
         "CUDA_VISIBLE_DEVICES": "",
         "LOCAL_WORLD_SIZE": str(world_size),
     }
-    command = [sys.executable, str(Path(__file__).with_name("engine_process.py")), str(spec), str(out)]
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(spec), str(out)]
     processes = [
         subprocess.Popen(
             command,

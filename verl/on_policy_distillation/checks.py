@@ -21,12 +21,14 @@ import logging
 import os
 from typing import Any, Optional
 
+import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from verl.on_policy_distillation.config import (
     HYBRID,
     PURE,
     RL_TERM,
+    SELF,
     TEACHER_PAYLOADS,
     DistillationLossConfig,
     is_distillation_loss,
@@ -278,6 +280,7 @@ def require_routes(teacher: DictConfig, dataset: Any) -> None:
 def _check_teacher(config: DictConfig) -> None:
     _check_teacher_settings(config)
     Routes.of(config.teacher)
+    _check_moving(config.teacher)
     if not config.teacher.models:
         _check_checkpoints(config, "teacher.model")
     for name, group in teacher_groups(config.teacher).items() if config.teacher.models else ():
@@ -305,6 +308,10 @@ def _check_checkpoints(config: DictConfig, key: str) -> None:
         )
     if not isinstance(path, str):
         raise ValueError(f"{key}.path={path!r} is no path: set it to the folder or the name of a checkpoint.")
+    if path == SELF:
+        _check_self(config, key)
+        config = OmegaConf.merge(config, {"teacher": {"model": {"path": config.actor_rollout_ref.model.path}}})
+        path = config.teacher.model.path
     student_path = config.actor_rollout_ref.model.path
     student = _load_config("actor_rollout_ref.model.path", student_path, config.actor_rollout_ref.model)
     teacher = _load_config(f"{key}.path", path, config.teacher.model)
@@ -318,6 +325,49 @@ def _check_checkpoints(config: DictConfig, key: str) -> None:
             require_readable(name, _local_path(local))
     if config.teacher.payload != "logits" and os.path.isdir(_local_path(path)):
         find_output_projection(_local_path(path), tied=bool(teacher.get_text_config().tie_word_embeddings))
+
+
+def _check_self(config: DictConfig, key: str) -> None:
+    """A teacher that is the student with other weights."""
+    teacher, actor = config.teacher, config.actor_rollout_ref.actor
+    if teacher.payload == "logits":
+        raise ValueError(
+            f"teacher.payload=logits with {key}.path={SELF}: the student's engine keeps hidden states. Set "
+            "teacher.payload to hidden_states or topk."
+        )
+    model = config.actor_rollout_ref.model
+    is_lora = model.get("lora_rank", 0) > 0 or model.get("lora_adapter_path", None) is not None
+    is_moving = teacher.ema is not None or teacher.refresh_freq is not None
+    if actor.strategy == "fsdp" and (is_moving or not is_lora):
+        raise ValueError(
+            f"actor_rollout_ref.actor.strategy=fsdp with {key}.path={SELF}: weights are exchanged shard by shard, as "
+            "FSDP2 has them. Set actor_rollout_ref.actor.strategy=fsdp2."
+        )
+    dtype = actor.fsdp_config.model_dtype
+    if teacher.ema is not None and PrecisionType.to_dtype(dtype) != torch.float32:
+        raise ValueError(
+            f"teacher.ema={teacher.ema} with actor_rollout_ref.actor.fsdp_config.model_dtype={dtype}: small steps "
+            "vanish in 16 bits. Set model_dtype=fp32, or use teacher.refresh_freq."
+        )
+
+
+def _check_moving(teacher: DictConfig) -> None:
+    paths = [group.model.path for group in teacher_groups(teacher).values()]
+    for key in ("ema", "refresh_freq"):
+        if teacher[key] is not None and SELF not in paths:
+            raise ValueError(
+                f"teacher.{key}={teacher[key]} moves a teacher that is the student: set teacher.model.path={SELF}, or "
+                "leave it out."
+            )
+    ema, frequency = teacher.ema, teacher.refresh_freq
+    if ema is not None and frequency is not None:
+        raise ValueError(f"teacher.ema={ema} and teacher.refresh_freq={frequency}: leave one of them out.")
+    if ema is not None and (isinstance(ema, bool) or not isinstance(ema, int | float) or not 0.0 < ema < 1.0):
+        raise ValueError(f"teacher.ema={ema!r}: set it between 0 and 1, for example 0.99.")
+    if frequency is not None and (not _is_whole(frequency) or frequency < 1):
+        raise ValueError(f"teacher.refresh_freq={frequency!r}: set it to a whole number of updates, 1 or more.")
+    if paths.count(SELF) > 1:
+        raise ValueError(f"{paths.count(SELF)} teachers have path={SELF}: one is enough, leave the others out.")
 
 
 def _check_context(config: DictConfig, key: str, teacher: Any) -> None:

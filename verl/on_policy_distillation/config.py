@@ -36,6 +36,7 @@ __all__ = [
     "HYBRID",
     "PURE",
     "RL_TERM",
+    "SELF",
     "TEACHER_PAYLOADS",
     "DistillationLossConfig",
     "DistillationPolicyLossConfig",
@@ -53,6 +54,8 @@ HYBRID = "hybrid_rl_distillation"
 RL_TERM = "hybrid_rl_distillation_rl_term"  # what VERL's `ppo_loss` calls in hybrid mode; no loss for users to name
 
 TEACHER_PAYLOADS = ("hidden_states", "logits", "topk")
+
+SELF = "self"  # the path of a teacher that is the student
 
 # What a beta without a type chooses, and the beta that a type without a mixture goes with.
 _TYPE_OF_BETA = {1.0: "reverse_kl", 0.0: "forward_kl"}
@@ -165,6 +168,9 @@ class TeacherConfig(BaseConfig):
             mixture and the ``route`` that it serves; see verl/on_policy_distillation/routing.py.
         routing_key (Optional[str]): The field of the data set whose value names the route of a sample.
         weights_key (Optional[str]): The field of the data set that holds a sample's own weights of the teachers.
+        ema (Optional[float]): How much of a teacher that is the student stays after each update, in (0, 1). With
+            neither this nor ``refresh_freq`` it is the initial student, or the base of its LoRA.
+        refresh_freq (Optional[int]): After how many updates a teacher that is the student takes over its weights.
         fsdp_config (FSDPEngineConfig): How the teacher is sharded. Always forward-only.
         payload (str): What is kept of the teacher for each response token: "hidden_states" (last hidden states, which
             the student's head projects with the teacher's output projection, a chunk at a time) or "logits" (the plain
@@ -182,6 +188,8 @@ class TeacherConfig(BaseConfig):
     models: dict[str, Any] = field(default_factory=dict)
     routing_key: Optional[str] = None
     weights_key: Optional[str] = None
+    ema: Optional[float] = None
+    refresh_freq: Optional[int] = None
     fsdp_config: FSDPEngineConfig = field(default_factory=FSDPEngineConfig)
     payload: str = "hidden_states"
     payload_dtype: str = "bfloat16"

@@ -39,6 +39,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 __all__ = [
     "ENDS_IN_COLUMNS",
+    "ENDS_IN_ROWS",
     "STUDENT",
     "TEACHER_HIDDEN_STATES",
     "TEACHER_LOGITS",
@@ -52,6 +53,7 @@ __all__ = [
 
 TEACHER_ROW = "teacher_row"  # (batch,) in a batch that a teacher scores or has scored: row ids of `SignalStore`
 ENDS_IN_COLUMNS = "ends_in_columns"  # flag of a batch in which the student's forward ends in columns
+ENDS_IN_ROWS = "ends_in_rows"  # flag of a batch that the student scores as its own teacher
 
 # The keys of the engines in VERL's registry.
 STUDENT, TEACHER_HIDDEN_STATES, TEACHER_LOGITS = (
@@ -62,6 +64,8 @@ STUDENT, TEACHER_HIDDEN_STATES, TEACHER_LOGITS = (
 # The device as VERL looks it up.
 _WHERE = {"backend": ["fsdp", "fsdp2"], "device": os.getenv("VERL_ENGINE_DEVICE") or get_device_name()}
 
+# the ids of a micro-batch's samples, and the rows of each on the host
+Keep = Callable[[torch.Tensor, Sequence[torch.Tensor]], None]
 # hidden states (rows, H) and the output layer they are the input of -> what the model returns
 OutputFunction = Callable[[torch.Tensor, torch.nn.Module], dict[str, torch.Tensor]]
 
@@ -166,21 +170,29 @@ class FSDPStudentEngine(_EngineToOutputLayer):
     def connect(
         self,
         columns: Callable[[TensorDict, TokenPlan], HeadColumns],
-        signal: Callable[[TensorDict, torch.device], Signal],
+        signal: Callable[[TensorDict, LinearLogits], Signal],
         dump: TokenDump,
     ) -> None:
         """Set once, before the first update.
 
         Args:
             columns: what the loss wants of the head for a micro-batch.
-            signal: what the teacher said of a micro-batch's supervised tokens.
+            signal: what the teachers said of a micro-batch's supervised tokens, given the student's head.
             dump: takes the tokens of the steps that are dumped.
         """
         self._columns, self._signal, self._dump = columns, signal, dump
 
+    def connect_as_teacher(self, keep: Keep, keep_head: Callable[[LinearLogits], None], dtype: torch.dtype) -> None:
+        """Set once, if the student is its own teacher. `keep_head` sees the head of each micro-batch that is scored."""
+        self._keep, self._keep_head, self._dtype = keep, keep_head, dtype
+
     def prepare_model_inputs(self, micro_batch: TensorDict):
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
-        if tu.get_non_tensor_data(data=micro_batch, key=ENDS_IN_COLUMNS, default=False):
+        if tu.get_non_tensor_data(data=micro_batch, key=ENDS_IN_ROWS, default=False):
+            output_args["token_plan"] = plan = plan_tokens(micro_batch)
+            model_inputs["output_function"] = partial(self._rows, plan)
+            output_args[ENDS_IN_ROWS] = True
+        elif tu.get_non_tensor_data(data=micro_batch, key=ENDS_IN_COLUMNS, default=False):
             output_args["token_plan"] = plan = plan_tokens(micro_batch)
             model_inputs["output_function"] = partial(self._output, micro_batch, plan)
         return model_inputs, output_args
@@ -188,18 +200,34 @@ class FSDPStudentEngine(_EngineToOutputLayer):
     def _output(
         self, micro_batch: TensorDict, plan: TokenPlan, hidden: torch.Tensor, layer: torch.nn.Module
     ) -> dict[str, torch.Tensor]:
-        transform = logit_transform(self.model_config.hf_config.get_text_config())
-        student = output_layer_logits(hidden[plan.model_row], layer, transform)
-        teacher = self._signal(micro_batch, hidden.device).logits().cut(len(student.weight))
+        student = self._head(plan, hidden, layer)
+        teacher = self._signal(micro_batch, student).logits().cut(len(student.weight))
         columns = self._columns(micro_batch, plan)(student, teacher)
         return columns | self._dump.top_columns(micro_batch, student, teacher)
+
+    def _rows(self, plan: TokenPlan, hidden: torch.Tensor, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+        head = self._head(plan, hidden, layer)
+        self._keep_head(head)
+        return {"hidden_states": head.hidden}
+
+    def _head(self, plan: TokenPlan, hidden: torch.Tensor, layer: torch.nn.Module) -> LinearLogits:
+        transform = logit_transform(self.model_config.hf_config.get_text_config())
+        return output_layer_logits(hidden[plan.model_row], layer, transform)
 
     def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
         """``model_output``: the columns, each nested (batch, prompt and response)."""
         if "token_plan" not in output_args:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        if ENDS_IN_ROWS in output_args:
+            keep_rows(self._keep, output["hidden_states"], self._dtype, micro_batch, output_args["token_plan"])
+            return {}
         columns = self._dump.write(micro_batch, output)
         return {name: output_args["token_plan"].spread(column) for name, column in columns.items()}
+
+
+def keep_rows(keep: Keep, rows: torch.Tensor, dtype: torch.dtype, micro_batch: TensorDict, plan: TokenPlan) -> None:
+    """`rows` (supervised tokens, width) of the micro-batch, in `dtype`, to the host."""
+    keep(micro_batch[TEACHER_ROW], rows.to(dtype).cpu().split(plan.counts.tolist()))
 
 
 class _FSDPTeacherEngine(_EngineToOutputLayer):
@@ -208,13 +236,13 @@ class _FSDPTeacherEngine(_EngineToOutputLayer):
     VERL's engine keeps the output of every micro-batch on the device until the last, and then copies it twice.
     """
 
-    def connect(self, keep: Callable[[torch.Tensor, Sequence[torch.Tensor]], None], dtype: torch.dtype) -> None:
-        """Set once. `keep` takes the ids of a micro-batch's samples, and the rows of each in `dtype` on the host."""
+    def connect(self, keep: Keep, dtype: torch.dtype) -> None:
+        """Set once. `keep` takes rows in `dtype`."""
         self._keep, self._dtype = keep, dtype
 
     def _say(self, rows: torch.Tensor, micro_batch: TensorDict, plan: TokenPlan) -> dict[str, torch.Tensor]:
         """`rows` (supervised tokens, width) of the micro-batch."""
-        self._keep(micro_batch[TEACHER_ROW], rows.to(self._dtype).cpu().split(plan.counts.tolist()))
+        keep_rows(self._keep, rows, self._dtype, micro_batch, plan)
         return {}
 
 

@@ -15,8 +15,10 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 from omegaconf import DictConfig
@@ -24,9 +26,10 @@ from tensordict import TensorDict
 
 from verl.on_policy_distillation import engine_fsdp  # registers the engines
 from verl.on_policy_distillation.buckets import TopKTail, top_k_tail
-from verl.on_policy_distillation.config import TeacherConfig, teacher_groups
+from verl.on_policy_distillation.config import SELF, TeacherConfig, teacher_groups
 from verl.on_policy_distillation.divergence import LogitSource
-from verl.on_policy_distillation.engine_fsdp import TEACHER_ROW
+from verl.on_policy_distillation.engine_fsdp import ENDS_IN_ROWS, TEACHER_ROW
+from verl.on_policy_distillation.head import LinearLogits
 from verl.on_policy_distillation.output_projection import (
     OutputProjection,
     checkpoint_folder,
@@ -34,6 +37,7 @@ from verl.on_policy_distillation.output_projection import (
     logit_transform,
 )
 from verl.on_policy_distillation.routing import Routes
+from verl.on_policy_distillation.self_teacher import Moving, ShadowWeights
 from verl.on_policy_distillation.signal import (
     NO_ROW,
     HiddenStates,
@@ -53,7 +57,7 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
-__all__ = ["Projections", "Scored", "Teacher", "Teachers"]
+__all__ = ["Projections", "Scored", "StudentAsTeacher", "Teacher", "Teachers"]
 
 _ENGINES = {
     "hidden_states": engine_fsdp.TEACHER_HIDDEN_STATES,
@@ -69,29 +73,14 @@ class Scored(NamedTuple):
     num_bytes: torch.Tensor
 
 
-class Teacher:
-    """A frozen language model on VERL's FSDP engine.
+class _Scorer:
+    """A model that scores samples and keeps what it says of them in `store`."""
 
-    The engine is forward-only, which VERL keeps in host memory (page-locked, with FSDP2) and brings to the device a
-    layer at a time: several teachers need the device memory of one layer.
-    """
-
-    def __init__(self, config: TeacherConfig):
-        engine_config = config.fsdp_config
-        engine_config.use_dynamic_bsz = config.use_dynamic_bsz
-        engine_config.infer_micro_batch_size_per_gpu = config.micro_batch_size_per_gpu
-        engine_config.infer_max_token_len_per_gpu = config.max_token_len_per_gpu
-        self._config = config
-        self._worker = TrainingWorker(
-            TrainingWorkerConfig(
-                model_type=_ENGINES[config.payload], model_config=config.model, engine_config=engine_config
-            )
-        )
-        self._worker.reset()
-        # VERL has measured the free memory for the rollout engines already, or is about to.
-        aggressive_empty_cache(force_sync=True)
+    def __init__(self, worker: TrainingWorker, use_dynamic_bsz: bool, micro_batch_size: Optional[int]):
         self.store = SignalStore()
-        self._worker.engine.connect(self.store.put, PrecisionType.to_dtype(config.payload_dtype))
+        self._worker = worker
+        # Without dynamic batching a rank's samples come in whole micro-batches.
+        self._multiple = 1 if use_dynamic_bsz else micro_batch_size or 1
 
     @property
     def dp_rank(self) -> int:
@@ -100,7 +89,7 @@ class Teacher:
     @property
     def vocab(self) -> int:
         """Entries of its vocabulary."""
-        return self._config.model.hf_config.get_text_config().vocab_size
+        return self._worker.model_config.hf_config.get_text_config().vocab_size
 
     def score(self, data: TensorDict) -> None:
         """Keep the rows (supervised tokens, width) of each sample, in ``payload_dtype``, in `store`."""
@@ -129,8 +118,36 @@ class Teacher:
         if torch.distributed.is_initialized():
             group = self._worker.engine.get_data_parallel_group()
             torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
-        size = 1 if self._config.use_dynamic_bsz else self._config.micro_batch_size_per_gpu or 1
-        return -(-int(most) // size) * size
+        return -(-int(most) // self._multiple) * self._multiple
+
+
+class Teacher(_Scorer):
+    """A frozen language model on VERL's FSDP engine.
+
+    The engine is forward-only, which VERL keeps in host memory (page-locked, with FSDP2) and brings to the device a
+    layer at a time: several teachers need the device memory of one layer.
+    """
+
+    def __init__(self, config: TeacherConfig):
+        engine_config = config.fsdp_config
+        engine_config.use_dynamic_bsz = config.use_dynamic_bsz
+        engine_config.infer_micro_batch_size_per_gpu = config.micro_batch_size_per_gpu
+        engine_config.infer_max_token_len_per_gpu = config.max_token_len_per_gpu
+        self._config = config
+        worker = TrainingWorker(
+            TrainingWorkerConfig(
+                model_type=_ENGINES[config.payload], model_config=config.model, engine_config=engine_config
+            )
+        )
+        super().__init__(worker, config.use_dynamic_bsz, config.micro_batch_size_per_gpu)
+        worker.reset()
+        # VERL has measured the free memory for the rollout engines already, or is about to.
+        aggressive_empty_cache(force_sync=True)
+        worker.engine.connect(self.store.put, PrecisionType.to_dtype(config.payload_dtype))
+
+    def release(self) -> None:
+        """Forget what was said."""
+        self.store.release()
 
     def read_projection(self, device: torch.device | str | int) -> OutputProjection:
         """Its output projection, from its checkpoint."""
@@ -139,6 +156,70 @@ class Teacher:
         file = find_output_projection(checkpoint_folder(config.model.local_path), bool(text_config.tie_word_embeddings))
         dtype = PrecisionType.to_dtype(config.fsdp_config.model_dtype)
         return file.load(device, dtype, logit_transform(text_config))
+
+
+class StudentAsTeacher(_Scorer):
+    """The student with other weights, on its own engine; see `self_teacher.py`.
+
+    Args:
+        student: the actor's worker.
+        config: the ``teacher`` group, whose path is ``self``.
+    """
+
+    def __init__(self, student: TrainingWorker, config: DictConfig):
+        super().__init__(student, config.use_dynamic_bsz, config.micro_batch_size_per_gpu)
+        model = student.model_config
+        is_lora = model.lora_rank > 0 or model.lora_adapter_path is not None
+        self._config, self._moving = config, Moving(config.ema, config.refresh_freq)
+        self._is_base = is_lora and not self._moving.is_moving
+        self.shadow = None if self._is_base else ShadowWeights(student.engine.module)
+        # An adapter never has the head: it is the student's own, which is at hand when the student's logits are.
+        self._copies_head = not is_lora or config.payload == "topk"
+        self._head: Optional[OutputProjection] = None
+        dtype = PrecisionType.to_dtype(config.payload_dtype)
+        student.engine.connect_as_teacher(self.store.put, self._keep_head, dtype)
+
+    def score(self, data: TensorDict) -> None:
+        self._head = None
+        sizes = {"use_dynamic_bsz": self._config.use_dynamic_bsz}
+        sizes["micro_batch_size_per_gpu"] = self._config.micro_batch_size_per_gpu
+        sizes["max_token_len_per_gpu"] = self._config.max_token_len_per_gpu
+        tu.assign_non_tensor(data, **sizes, **{ENDS_IN_ROWS: True}, no_lora_adapter=self._is_base)
+        with nullcontext() if self.shadow is None else self.shadow.in_place():
+            super().score(data)
+
+    def follow(self) -> None:
+        """Take note of an update of the student."""
+        if self._moving.is_moving:
+            assert self.shadow is not None
+            self.shadow.follow(self._moving)
+
+    @property
+    def moving(self) -> Optional[ShadowWeights]:
+        """The weights that a checkpoint of the run has to keep; the initial student's are where it was loaded from."""
+        return self.shadow if self._moving.is_moving else None
+
+    def projection(self, student: Optional[LinearLogits]) -> OutputProjection:
+        """The head that it scored with; `student`: the student's."""
+        if self._head is not None:
+            return self._head
+        assert student is not None and not self._copies_head
+        return _projection_of(student)
+
+    def release(self) -> None:
+        """Forget what was said."""
+        self.store.release()
+        self._head = None
+
+    def _keep_head(self, head: LinearLogits) -> None:
+        if self._copies_head and self._head is None:  # the weights are gathered, and let go after the forward
+            head = replace(head, weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
+            self._head = _projection_of(head)
+
+
+def _projection_of(head: LinearLogits) -> OutputProjection:
+    bias = None if head.bias is None else head.bias.detach()
+    return OutputProjection(head.weight.detach(), bias, head.scale, head.softcap)
 
 
 class Projections:
@@ -176,18 +257,20 @@ class Teachers:
     Args:
         config: the ``teacher`` group of the trainer's configuration.
         temperature: of the divergence, at which several teachers are mixed and a top-k is taken.
-        vocab: entries of the student's vocabulary.
+        student: the actor's worker, whose vocabulary it is, and which may be its own teacher.
     """
 
-    def __init__(self, config: DictConfig, temperature: float, vocab: int):
+    def __init__(self, config: DictConfig, temperature: float, student: TrainingWorker):
         self._routes, self._temperature = Routes.of(config), temperature
-        configs = {name: omega_conf_to_dataclass(group) for name, group in teacher_groups(config).items()}
-        self._teachers = {name: Teacher(teacher) for name, teacher in configs.items()}
+        self._teachers = {name: _teacher(group, student) for name, group in teacher_groups(config).items()}
+        vocab = student.model_config.hf_config.get_text_config().vocab_size
         self._vocab = min(vocab, *(teacher.vocab for teacher in self._teachers.values()))
         self._top_k = TopKStore(config.topk, self._vocab, temperature) if config.payload == "topk" else None
         self._ids = RowIds(next(iter(self._teachers.values())).dp_rank)
         self._shares: dict[int, torch.Tensor] = {}
-        read = {name: self._teachers[name].read_projection for name in configs}
+        read = {
+            name: teacher.read_projection for name, teacher in self._teachers.items() if isinstance(teacher, Teacher)
+        }
         self._projections = None if config.payload == "logits" else Projections(read, self._routes.width)
 
     def score(self, data: TensorDict) -> Scored:
@@ -212,10 +295,28 @@ class Teachers:
         self._keep_top_k(ids, shares)
         return Scored(ids, self._top_k.num_bytes(ids))
 
-    def signal(self, micro_batch: TensorDict, device: torch.device) -> Signal:
-        """What was said of a micro-batch's supervised tokens, in their order."""
-        ids = micro_batch[TEACHER_ROW].cpu()
-        return self._said(ids, device) if self._top_k is None else TopK(self._top_k.get(ids, device))
+    def signal(self, micro_batch: TensorDict, student: LinearLogits) -> Signal:
+        """What was said of a micro-batch's supervised tokens, in their order; `student`: the student's head."""
+        ids, device = micro_batch[TEACHER_ROW].cpu(), student.hidden.device
+        return self._said(ids, device, student) if self._top_k is None else TopK(self._top_k.get(ids, device))
+
+    def follow(self) -> None:
+        """Take note of an update of the student."""
+        for teacher in self._teachers.values():
+            if isinstance(teacher, StudentAsTeacher):
+                teacher.follow()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the teachers that move, on this rank; empty if there are none."""
+        return {name: weights.state_dict() for name, weights in self._moving().items()}
+
+    def load_state_dict(self, states: dict[str, Any]) -> None:
+        for name, weights in self._moving().items():
+            weights.load_state_dict(states[name])
+
+    def _moving(self) -> dict[str, ShadowWeights]:
+        students = {name: teacher for name, teacher in self._teachers.items() if isinstance(teacher, StudentAsTeacher)}
+        return {name: teacher.moving for name, teacher in students.items() if teacher.moving is not None}
 
     def _keep_top_k(self, ids: torch.Tensor, shares: torch.Tensor) -> None:
         """Make a top-k of what was said of the samples `ids`, of those of the same teachers one after the other."""
@@ -223,14 +324,14 @@ class Teachers:
         route = (shares > 0.0).long() @ (1 << torch.arange(shares.shape[-1]))
         for index in route.argsort(stable=True):
             sample = ids[index : index + 1]
-            self._top_k.put(sample, self._said(sample, torch.device(get_device_name())).logits())
+            self._top_k.put(sample, self._said(sample, torch.device(get_device_name()), None).logits())
         for teacher in self._teachers.values():
-            teacher.store.release()
+            teacher.release()
 
-    def _said(self, ids: torch.Tensor, device: torch.device) -> Signal:
+    def _said(self, ids: torch.Tensor, device: torch.device, student: Optional[LinearLogits]) -> Signal:
         if len(self._teachers) == 1:
             [name] = self._teachers
-            return self._signal_of(name, ids, device)
+            return self._signal_of(name, ids, device, student)
         if missing := [row for row in ids.tolist() if row not in self._shares]:
             raise MissingRows(missing, len(ids))
         shares = torch.stack([self._shares[row] for row in ids.tolist()])
@@ -239,7 +340,7 @@ class Teachers:
         return Mixture(
             tuple(self._teachers),
             tuple(
-                self._signal_of(name, ids[share > 0.0], device)
+                self._signal_of(name, ids[share > 0.0], device, student)
                 for name, share in zip(self._teachers, shares.unbind(-1), strict=True)
             ),
             shares.repeat_interleave(counts, dim=0).to(device),
@@ -253,11 +354,20 @@ class Teachers:
         if self._top_k is not None:
             self._top_k.release()
         for teacher in self._teachers.values():
-            teacher.store.release()
+            teacher.release()
 
-    def _signal_of(self, name: str, ids: torch.Tensor, device: torch.device) -> Signal:
-        rows = self._teachers[name].store.get(ids, device)
+    def _signal_of(self, name: str, ids: torch.Tensor, device: torch.device, student: Optional[LinearLogits]) -> Signal:
+        teacher = self._teachers[name]
+        rows = teacher.store.get(ids, device)
+        if isinstance(teacher, StudentAsTeacher):
+            return HiddenStates(rows, partial(teacher.projection, student))
         return Logits(rows) if self._projections is None else HiddenStates(rows, partial(self._projections.get, name))
+
+
+def _teacher(group: DictConfig, student: TrainingWorker) -> "Teacher | StudentAsTeacher":
+    if group.model.path == SELF:
+        return StudentAsTeacher(student, group)
+    return Teacher(omega_conf_to_dataclass(group))
 
 
 class TopKStore:

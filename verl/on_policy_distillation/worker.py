@@ -13,9 +13,11 @@
 # limitations under the License.
 """The actor's worker with teachers beside its model: one process per device holds both."""
 
+import os
 from dataclasses import replace
 from functools import cache, partial
 
+import torch
 from tensordict import TensorDict
 
 from verl.on_policy_distillation import engine_fsdp, losses
@@ -59,8 +61,7 @@ class _WorkerWithTeachers(ActorRolloutRefWorker):
         actor_config: ActorConfig = omega_conf_to_dataclass(self.config.actor)
         actor_config.model_config = self.actor.model_config
         temperature = actor_config.policy_loss.distillation_temperature
-        vocab = self.actor.model_config.hf_config.get_text_config().vocab_size
-        self.teachers = Teachers(self.config.teacher, temperature, vocab)
+        self.teachers = Teachers(self.config.teacher, temperature, self.actor)
         dump = TokenDump(
             tokenizer=self.actor.model_config.tokenizer, size=self.config.teacher.dump_size, temperature=temperature
         )
@@ -81,11 +82,43 @@ class _WorkerWithTeachers(ActorRolloutRefWorker):
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def update_actor(self, data: TensorDict) -> TensorDict:
-        """VERL's update; then, or when it fails, what the teachers said is forgotten."""
+        """VERL's update, which moving teachers follow; then, or when it fails, what the teachers said is forgotten."""
         tu.assign_non_tensor(data, **{engine_fsdp.ENDS_IN_COLUMNS: True})
         if self.config.actor.policy_loss.loss_mode == PURE:
             tu.assign_non_tensor(data, calculate_entropy=False)  # the pure loss reads none
         try:
-            return super().update_actor(data)
+            output = super().update_actor(data)
+            self.teachers.follow()
+            return output
         finally:
             self.teachers.release()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None):
+        """VERL's checkpoint; beside it, a file for each rank with the teachers that move."""
+        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
+        if state := self.teachers.state_dict():
+            os.makedirs(local_path, exist_ok=True)
+            torch.save(state, self._teacher_file(local_path))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=False):
+        """VERL's checkpoint, and the teachers that move.
+
+        Raises:
+            RuntimeError: there are such teachers, and none of them or others in the checkpoint.
+        """
+        if expected := self.teachers.state_dict().keys():
+            file = self._teacher_file(local_path)
+            state = torch.load(file, map_location="cpu", weights_only=True) if os.path.exists(file) else {}
+            if state.keys() != expected:
+                raise RuntimeError(
+                    f"{file} has the moving teachers {sorted(state)}, the configuration {sorted(expected)}: resume "
+                    "with the settings and the number of devices that the run was started with, or set "
+                    "trainer.resume_mode=disable."
+                )
+            self.teachers.load_state_dict(state)
+        super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
+
+    def _teacher_file(self, folder: str) -> str:
+        return os.path.join(folder, f"teacher_world_size_{self.world_size}_rank_{self.rank}.pt")
