@@ -29,6 +29,7 @@ import pytest
 import torch
 from arithmetic import compute_score, make_split, problems, tiny_model
 from conftest import ROOT, copy_unpatched_verl
+from datasets import Dataset
 from fork import make_fork
 from metrics import accuracy, metric_files, next_metric_file, read_metrics, read_run
 from transformers import AutoModelForCausalLM
@@ -52,6 +53,9 @@ def files(tmp_path_factory):
     teacher.save_pretrained(folder / "teacher")
     train, test = problems()
     make_split(folder / "train.parquet", train[:512])
+    rows = Dataset.from_parquet(str(folder / "train.parquet")).to_list()
+    topics = [row | {"ability": ("sums", "carries")[index % 2]} for index, row in enumerate(rows)]
+    Dataset.from_list(topics).to_parquet(folder / "topics.parquet")
     make_split(folder / "test.parquet", test[:16])
     return folder
 
@@ -311,3 +315,58 @@ def test_each_rank_of_a_hybrid_run_dumps_its_sequences(hybrid, hybrid_folder):
     folder = hybrid_folder / "dump"
     assert {"step_3.rank0.jsonl", "step_3.rank1.jsonl"} <= {file.name for file in folder.iterdir()}
     assert_dump_is_the_step(dumped(folder), hybrid[3])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# several teachers: one of its own for a topic, the moving student for the other
+
+
+SEVERAL = (
+    *PURE,
+    "+teacher.models.other.route=sums",
+    "+teacher.models.own.path=self",
+    "+teacher.models.own.route=carries",
+    "teacher.ema=0.9",
+    f"{ACTOR}.ppo_mini_batch_size={PROMPTS}",  # one update a step, after whose scoring nothing has moved
+    "trainer.total_training_steps=3",
+    "trainer.save_freq=3",
+    "trainer.test_freq=-1",
+)
+
+
+@pytest.fixture(scope="module")
+def several_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("several")
+
+
+@pytest.fixture(scope="module")
+def several(files, several_folder):
+    topics = (f"data.train_files={files}/topics.parquet", "teacher.routing_key=ability")
+    return run(files, several_folder, *SEVERAL, *topics)
+
+
+def test_each_topic_is_learnt_from_its_teacher(several):
+    assert several[1]["distillation/own/kl"] == pytest.approx(0.0, abs=2e-3)  # the student, but for 16 bits
+    assert several[1]["distillation/other/kl"] > 0.05
+    assert several[3]["distillation/other/kl"] < several[1]["distillation/other/kl"]
+    for step in (1, 2, 3):
+        shares = {name: several[step][f"distillation/{name}/share"] for name in ("own", "other")}
+        assert sum(shares.values()) == pytest.approx(1.0) and 0.2 < shares["own"] < 0.8
+        weighted = sum(shares[name] * several[step][f"distillation/{name}/kl"] for name in shares)
+        assert several[step]["distillation/kl"] == pytest.approx(weighted, rel=2e-2, abs=1e-3)
+
+
+def test_the_moving_teacher_is_in_the_checkpoint(several, several_folder):
+    [file] = several_folder.glob("checkpoints/global_step_3/actor/teacher_world_size_1_rank_0.pt")
+    state = torch.load(file, weights_only=True)
+    assert state["own"]["updates"] == 3
+
+
+def test_a_row_without_a_teacher_ends_the_run_before_any_model_is_loaded(files, tmp_path):
+    process = start(files, tmp_path, *SEVERAL, "teacher.routing_key=data_source")
+    assert process.wait(timeout=120) != 0
+    log = (tmp_path / "0000.log").read_text(errors="replace")
+    assert (
+        "row 0 of the data set has data_source=" in log and "teacher.models has the routes ['carries', 'sums']" in log
+    )
+    assert "model engine initialized" not in log
