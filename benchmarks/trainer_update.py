@@ -17,7 +17,12 @@
 take turns, and writes the medians. Kinds:
 
 - ``pure``: pure distillation;
-- ``grpo``: what GRPO does with the same batch, without a reference policy: old log-probs, then the update.
+- ``grpo``: what GRPO does with the same batch, without a reference policy: old log-probs, then the update;
+- ``routed_2``, ``routed_4``: pure distillation from so many teachers of the same size, each sample from one of them;
+- ``mixed_2``, ``mixed_4``: ... from their mixture;
+- ``topk``: pure, with the teacher's 64 largest probabilities and the rest;
+- ``self``: pure, from the initial student;
+- ``self_lora``: a LoRA of the student, from its base.
 
 A step here is what a trainer does after the rollout and before the next: the teacher's pass (or the old log-probs), and
 the update. Generation is left out: it is the same for all. Extra memory is the peak resident memory of the update less
@@ -41,6 +46,8 @@ from linear_divergence import LineProcess, machine, resident
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("pure", "grpo")
+TEACHERS = ("pure", "routed_2", "routed_4", "mixed_2", "mixed_4", "topk", "self", "self_lora")
+SIZES = ("tokens", "sequences", "micro_batch", "teacher_micro_batch", "vocab", "hidden", "layers")
 POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 PROMPT_TOKENS = 16
 
@@ -49,7 +56,22 @@ def make_models(folder: Path, args: argparse.Namespace) -> dict[str, str]:
     from arithmetic import tiny_model
 
     size = {"hidden": args.hidden, "layers": args.layers, "vocab_size": args.vocab}
-    return {name: tiny_model(folder / name, **size, seed=seed) for seed, name in enumerate(("student", "teacher"))}
+    names = ("student", "teacher", "teacher_1", "teacher_2", "teacher_3")
+    return {name: tiny_model(folder / name, **size, seed=seed) for seed, name in enumerate(names)}
+
+
+def teacher_overrides(kind: str, models: dict[str, str]) -> list[str]:
+    name, _, number = kind.partition("_")
+    if name == "self":
+        adapter = ["actor_rollout_ref.model.lora_rank=16"] if number else []
+        return ["teacher.model.path=self", *adapter]
+    if name == "topk":
+        return [f"teacher.model.path={models['teacher']}", "teacher.payload=topk", "teacher.topk=64"]
+    if name == "pure":
+        return [f"teacher.model.path={models['teacher']}"]
+    paths = [path for teacher, path in models.items() if teacher != "student"][: int(number)]
+    several = [f"+teacher.models.t{index}.path={path}" for index, path in enumerate(paths)]
+    return [*several, *(["teacher.routing_key=data_source"] if name == "routed" else [])]
 
 
 def overrides(kind: str, models: dict[str, str], args: argparse.Namespace) -> list[str]:
@@ -64,11 +86,11 @@ def overrides(kind: str, models: dict[str, str], args: argparse.Namespace) -> li
     if kind == "grpo":
         return [*common, f"{POLICY_LOSS}.loss_mode=vanilla"]
     loss = [f"{POLICY_LOSS}.loss_mode=on_policy_distillation"]
-    teacher = [f"teacher.model.path={models['teacher']}", f"teacher.micro_batch_size_per_gpu={args.micro_batch}"]
-    return [*common, *loss, *teacher]
+    batches = f"teacher.micro_batch_size_per_gpu={args.teacher_micro_batch}"
+    return [*common, *loss, batches, *teacher_overrides(kind, models)]
 
 
-def make_rows(args: argparse.Namespace) -> list[dict]:
+def make_rows(kind: str, args: argparse.Namespace) -> list[dict]:
     import random
 
     rng = random.Random(0)
@@ -82,8 +104,9 @@ def make_rows(args: argparse.Namespace) -> list[dict]:
             "old_log_prob": [-10.0] * length,
             "advantage": [rng.uniform(-1, 1)] * length,
             "ref_log_prob": [-10.0] * length,
+            **({"data_source": f"t{index % int(kind[-1])}"} if kind.startswith("routed") else {}),
         }
-        for _ in range(args.sequences)
+        for index in range(args.sequences)
     ]
 
 
@@ -95,7 +118,7 @@ class Step:
 
         config = compose_config(overrides(kind, make_models(Path(args.folder), args), args))
         self._actor, _, self._update_flags = make_actor(config, is_dense=False)
-        self._batch, self._sequences = local_batch(make_rows(args), 0, 1), args.sequences
+        self._batch, self._sequences = local_batch(make_rows(kind, args), 0, 1), args.sequences
 
     def _flags(self, **flags):
         from verl.utils import tensordict_utils as tu
@@ -150,7 +173,7 @@ def serve(kind: str, args: argparse.Namespace) -> None:
 def start(kind: str, port: int, args: argparse.Namespace) -> LineProcess:
     folder = Path(args.folder) / kind
     command = [sys.executable, __file__, "serve", kind, "--folder", str(folder)]
-    for name in ("tokens", "sequences", "micro_batch", "vocab", "hidden", "layers"):
+    for name in SIZES:
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     environment = os.environ | {
         "RANK": "0",
@@ -184,7 +207,7 @@ def run(args: argparse.Namespace) -> None:
         kind: {name: statistics.median(sample[name] for sample in of_kind) for name in of_kind[0]}
         for kind, of_kind in samples.items()
     }
-    sizes = {name: getattr(args, name) for name in ("tokens", "sequences", "micro_batch", "vocab", "hidden", "layers")}
+    sizes = {name: getattr(args, name) for name in SIZES}
     result = {
         "machine": machine("cpu", torch.get_num_threads()),
         "sizes": sizes,
@@ -201,17 +224,19 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "serve"))
-    parser.add_argument("kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("kinds", nargs="*", default=list(KINDS), help="default: pure grpo; `teachers` are all others")
     parser.add_argument("--folder", default="trainer_update", help="serve: where the models go; must not exist")
     parser.add_argument("--tokens", type=int, default=4096, help="response tokens of the batch")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--micro-batch", type=int, default=16, help="sequences; the default is the whole batch")
+    parser.add_argument("--teacher-micro-batch", type=int, default=4, help="sequences")
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out")
     args = parser.parse_args()
+    args.kinds = list(TEACHERS) if args.kinds == ["teachers"] else args.kinds
     if args.command == "serve":
         serve(args.kinds[0], args)
     else:
