@@ -341,7 +341,9 @@ def reverse(shop, options, version):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser("apply_patch.sh", "./apply_patch.sh [OPTIONS] [TARGET]", add_help=False)
+    parser = argparse.ArgumentParser(
+        "apply_patch.sh", "./apply_patch.sh [OPTIONS] [TARGET]", add_help=False, allow_abbrev=False
+    )
     for names in (("--help", "-h"), ("--check",), ("--reverse", "-R"), ("--any-version",), ("--no-verify",)):
         parser.add_argument(*names, action="store_true")
     parser.add_argument("--3way", action="store_true", dest="three_way")

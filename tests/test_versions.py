@@ -17,15 +17,18 @@
     VERL_VERSIONS=full pytest tests/test_versions.py     also what the doctor finds there, and the losses alone in VERLs
                                                          that the patch does not fit
     VERL_CHECKOUT=DIR pytest tests/test_versions.py      also a checkout: the same, VERL's own checks and its own
-                                                         tests for the CPU, with and without the patch (an hour)
+                                                         tests for the CPU, with and without the patch (an hour;
+                                                         install pytest-asyncio, which some of these need)
 
 Releases come from the packages that VERL published. VERL is never installed, only unpacked, and all run with the
 packages of the Python that runs this. VERL's trainer: ``VERL_TREE=DIR pytest tests/test_trainer.py``.
 """
 
+import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +45,8 @@ CHECKOUT = Path(os.environ["VERL_CHECKOUT"]).resolve() if "VERL_CHECKOUT" in os.
 DOCTOR = ROOT / "verl" / "on_policy_distillation" / "doctor.py"
 WITHOUT_PACKAGE = {"VERL_USE_EXTERNAL_PLUGINS": "none"}  # as if this repository were not installed
 SECONDS = 200  # for a file of VERL's tests
+# Many of VERL's asynchronous tests have no mark: without the mode they fail in both trees, and tell nothing.
+MODE = ["--asyncio-mode=auto"] if importlib.util.find_spec("pytest_asyncio") else []
 
 needs_full = pytest.mark.skipif(os.environ.get("VERL_VERSIONS") != "full", reason="VERL_VERSIONS is not full")
 needs_checkout = pytest.mark.skipif(CHECKOUT is None, reason="VERL_CHECKOUT names no checkout of VERL")
@@ -161,23 +166,31 @@ def test_verl_s_own_checks_say_no_more_with_the_patch(name, checkouts):
 
 def outcomes(tree, name):
     """The tests of the file `name` of VERL's, and what becomes of each in `tree`; None where they do not end."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=no", "-p", "no:cacheprovider", name]
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=no", "-p", "no:cacheprovider", *MODE, name]
     environment = {**os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", **WITHOUT_PACKAGE}
-    process = subprocess.Popen(
-        command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    # A session of its own, so that Ray's processes end with it.
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=tree, env=environment, **pipes)
     try:
         text = process.communicate(timeout=SECONDS)[0]
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
         return None
-    return sorted(re.findall(r"^(?:PASSED|FAILED|ERROR|SKIPPED|XFAIL) [^ ]+", text, flags=re.MULTILINE))
+    found = re.findall(r"^(?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) .*?(?= - |$)", text, flags=re.MULTILINE)
+    assert found or process.returncode == 5, text  # 5: there are no tests; all else ended without a word of any
+    return sorted(found)
 
 
 @needs_checkout
-@pytest.mark.parametrize("name", sorted(CHECKOUT.glob("tests/**/*_on_cpu.py")) if CHECKOUT else ["none"])
+@pytest.mark.parametrize(
+    "name",
+    [path.relative_to(CHECKOUT).as_posix() for path in sorted(CHECKOUT.glob("tests/**/*_on_cpu.py"))]
+    if CHECKOUT
+    else ["none"],
+)
 def test_verl_s_own_tests_have_the_same_outcomes_with_the_patch(name, checkouts):
-    plain, patched = (outcomes(tree, name.relative_to(CHECKOUT)) for tree in checkouts)
+    plain, patched = (outcomes(tree, name) for tree in checkouts)
     assert patched == plain
     if plain is None:
         pytest.skip(f"does not end within {SECONDS} s, with the patch or without")
