@@ -181,9 +181,6 @@ def check_tree(shop, options, version):
     if not known and not options.any_version:
         raise Refused(f"""{shop.tree} has VERL {version}; the patch is for {VERSIONS}.
 Nothing was changed. --any-version tries it all the same.""")
-    if list(shop.tree.glob("verl_on_policy_distillation-*.dist-info")):
-        raise Refused(f"""{shop.tree} has the pip package verl-on-policy-distillation, whose files the patch has too.
-Nothing was changed. Remove it first: {pythons()[0]} -m pip uninstall verl-on-policy-distillation""")
     if present := [name for name in shop.new if os.path.lexists(shop.tree / name)]:
         raise Refused(f"""{len(present)} of the {len(shop.new)} new files are in {shop.tree} already:
 this patch with changes made since, another version of it, or the rest of one after VERL was installed anew.

@@ -490,9 +490,18 @@ def test_another_version_of_the_patch(tree):
     assert f"{len(NEW)} of the {len(NEW)} new files are in" in message and "Nothing was changed" in message
 
 
-def test_pip_package_in_the_same_place(tree):
-    (tree / "verl_on_policy_distillation-0.1.0.dist-info").mkdir()
-    assert "pip uninstall verl-on-policy-distillation" in refused(tree)
+def test_pip_package_in_the_same_place_steps_aside(whole_tree):
+    package, metadata = (whole_tree / f"verl_on_policy_distillation{end}" for end in ("", "-0.1.0.dist-info"))
+    shutil.copytree(ROOT / "verl_on_policy_distillation", package)
+    shutil.copytree(ROOT / "verl", package / "files")
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: verl-on-policy-distillation\nVersion: 0.1.0\n")
+    (metadata / "entry_points.txt").write_text("[verl.plugins]\non_policy_distillation = verl_on_policy_distillation\n")
+    environment = {"PYTHON": sys.executable, "PYTHONPATH": str(whole_tree)}
+    assert "in VERL: patched" in succeed(whole_tree, environment=environment)
+    found = "import verl.on_policy_distillation as module; print(module.__file__)"
+    said = succeed("-c", found, script=sys.executable, environment=environment)
+    assert said.splitlines()[-1] == str(whole_tree / "verl" / "on_policy_distillation" / "__init__.py")
 
 
 @pytest.mark.parametrize("read_only", ["files", "directories"])
