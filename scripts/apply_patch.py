@@ -38,10 +38,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PATCH = ROOT / "0001-on-policy-distillation.patch"
 GENERATED = ROOT / "scripts" / "generated.patch"
 
-# scripts/make_patch.py reads both. Releases are checked whole; the branch moves: it was checked at a commit.
-SUPPORTED_RELEASES = "0.9.0 0.9.1"
+# Releases are checked whole; the branch moves: it was checked at a commit.
+SUPPORTED_RELEASES = ["0.9.0", "0.9.1"]
 SUPPORTED_BRANCH = "0.10.0.dev"
-VERSIONS = f"{SUPPORTED_RELEASES.replace(' ', ', ')} and {SUPPORTED_BRANCH}"
+VERSIONS = f"{', '.join(SUPPORTED_RELEASES)} and {SUPPORTED_BRANCH}"
 
 OF_A_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
 FIND_VERL = """
@@ -177,7 +177,7 @@ def git_hash(path):
 def check_tree(shop, options, version):
     """What is refused before the patch is looked at."""
     # What follows a plus is the packager's: 0.9.1+local is 0.9.1.
-    known = version.split("+")[0] in SUPPORTED_RELEASES.split() or version.startswith(SUPPORTED_BRANCH)
+    known = version.split("+")[0] in SUPPORTED_RELEASES or version.startswith(SUPPORTED_BRANCH)
     if not known and not options.any_version:
         raise Refused(f"""{shop.tree} has VERL {version}; the patch is for {VERSIONS}.
 Nothing was changed. --any-version tries it all the same.""")
@@ -203,7 +203,7 @@ def refuse_conflict(shop, options, version, said, *direction):
         raise Refused(f"""the patch and the changes in {shop.tree} do not merge by themselves; nothing was changed.
 To have both written into the files and resolve the conflicts by hand, commit your changes and run:
   {quote("git", "-C", shop.tree, "apply", "--3way", *direction, PATCH)}
-If blobs are missing, fetch VERL's tag v{SUPPORTED_RELEASES.split()[-1]} into the checkout first.""")
+If blobs are missing, fetch VERL's tag v{SUPPORTED_RELEASES[-1]} into the checkout first.""")
     what, why = "does not apply to", "differ from VERL's"
     if direction:
         what, why = "cannot be taken out of", "were changed after it was applied, or have another version of it"

@@ -32,7 +32,7 @@ from conftest import ROOT
 PATCH = make_patch.PATCH
 TEXT = PATCH.read_text(encoding="utf-8")
 CHANGED = re.findall(r"^--- a/(\S+)$", TEXT, flags=re.MULTILINE)
-RELEASES = make_patch.supported("RELEASES").split()
+RELEASES = make_patch.SUPPORTED_RELEASES
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 
@@ -92,6 +92,7 @@ def sources(tmp_path):
     ignored = shutil.ignore_patterns(".*", "__pycache__", "outputs", "runs", "build", "*.egg-info")
     shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored)
     (tmp_path / "copy" / ".venv").mkdir()
+    make_patch.WHEELS[0].mkdir(parents=True, exist_ok=True)
     (tmp_path / "copy" / ".venv" / ".versions").symlink_to(make_patch.WHEELS[0])
     return tmp_path / "copy"
 
@@ -133,7 +134,7 @@ def test_what_is_stale_is_found_and_one_command_mends_it(sources):
     assert stale(sources)[0] == set.union(*STALE.values())
     succeed(sys.executable, sources / "scripts" / "make_patch.py")
     assert stale(sources) == (set(), "")
-    assert re.search(r"^  more +1 +more$", (sources / "PATCH_SUMMARY.txt").read_text(), flags=re.MULTILINE)
+    assert "\n  # more\n  more: 1\n" in (sources / "PATCH_SUMMARY.txt").read_text()
 
 
 def test_tables_of_files_have_every_file_and_no_other(sources):
