@@ -63,14 +63,6 @@ SETTINGS = {
 DIFF = ["--full-index", "--no-renames", "--no-ext-diff", "--no-color", "-U3", "--diff-algorithm=myers"]
 MAIL = ["--stdout", "--zero-commit", "--stat=110", "--compact-summary", "--signature=on-policy-distillation"]
 
-# From VERL's scripts/generate_trainer_config.sh.
-VARIANTS = {
-    "_generated_ppo_trainer.yaml": "",
-    "_generated_ppo_megatron_trainer.yaml": "model_engine=megatron",
-    "_generated_ppo_veomni_trainer.yaml": "model_engine=veomni",
-    "_generated_ppo_torchtitan_trainer.yaml": "model_engine=torchtitan",
-}
-
 # What a user gets beside the patch, in the order of reading.
 PACKAGE = {
     PATCH.name: "the patch itself",
@@ -200,10 +192,11 @@ def generate(folder):
         raise PatchError(f"{sys.executable} has no {error.name}; call .venv/bin/python scripts/make_patch.py") from None
     directory, start = folder / "verl" / "trainer" / "config", "actor_rollout_ref:"
     with initialize_config_dir(str(directory.resolve()), version_base=None):
-        for name, argument in VARIANTS.items():
-            head = (directory / name).read_text().partition(start)[0]
-            text = OmegaConf.to_yaml(compose("ppo_trainer", overrides=argument.split()))
-            (directory / name).write_text(head + text[text.index(start) :])
+        for path in directory.glob("_generated_*.yaml"):
+            head = path.read_text().partition(start)[0]
+            arguments = re.search("--cfg job (.*?)'", head)[1].split()  # the head says how VERL makes the rest
+            text = OmegaConf.to_yaml(compose("ppo_trainer", overrides=arguments))
+            path.write_text(head + text[text.index(start) :])
     return git(folder, "diff", *DIFF)
 
 
@@ -277,8 +270,8 @@ def write_hunks(edited):
             if kind == "A" and path not in new_files():
                 raise PatchError(f"{edited / path}: neither VERL's nor in {ROOT / 'verl'}; new files belong there")
             refuse_binary(folder / path)
-        not_generated = [f":(exclude)*/{name}" for name in VARIANTS]
-        HUNKS.write_bytes(git(folder, "diff", "--cached", "--diff-filter=M", *DIFF, "--", "verl", *not_generated))
+        paths = ["verl", ":(exclude)*/_generated_*.yaml"]
+        HUNKS.write_bytes(git(folder, "diff", "--cached", "--diff-filter=M", *DIFF, "--", *paths))
     print(f"wrote {HUNKS.relative_to(ROOT)}")
 
 

@@ -33,6 +33,13 @@ PATCH = make_patch.PATCH
 TEXT = PATCH.read_text(encoding="utf-8")
 CHANGED = re.findall(r"^--- a/(\S+)$", TEXT, flags=re.MULTILINE)
 RELEASES = make_patch.SUPPORTED_RELEASES
+# As VERL's scripts/generate_trainer_config.sh calls its printer.
+VARIANTS = {
+    "_generated_ppo_trainer.yaml": "",
+    "_generated_ppo_megatron_trainer.yaml": "model_engine=megatron",
+    "_generated_ppo_veomni_trainer.yaml": "model_engine=veomni",
+    "_generated_ppo_torchtitan_trainer.yaml": "model_engine=torchtitan",
+}
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 
@@ -298,7 +305,8 @@ main()
 """
     for folder in release:
         directory = folder / "verl" / "trainer" / "config"
-        for name, argument in make_patch.VARIANTS.items():
+        assert {path.name for path in directory.glob("_generated_*")} == set(VARIANTS)
+        for name, argument in VARIANTS.items():
             printed = succeed(sys.executable, "-c", program, directory, "--cfg", "job", *argument.split())
             head, _, flat = (directory / name).read_text().partition("\n\n")
             assert flat == printed[printed.index("actor_rollout_ref:") :]
