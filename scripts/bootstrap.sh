@@ -13,72 +13,51 @@ venv=$root/.venv
 requirements=$root/scripts/requirements.txt
 
 # What runs leave in .venv. A run that is cut short anywhere is repaired by the next one.
-stamp=$venv/.bootstrap-stamp             # hash of what .venv was made from; written last
-packages_stamp=$venv/.bootstrap-packages # hash of the requirements that are installed
-unfinished=$venv/.bootstrap-unfinished   # there while pip installs: after a cut, what is installed is unknown
-wheels=$venv/.pristine                   # VERL's own wheel; scripts/make_patch.py looks here too
+stamp=$venv/.bootstrap-stamp           # hash of what .venv was made from; written last
+unfinished=$venv/.bootstrap-unfinished # there while pip installs packages: after a cut, what is installed is unknown
 
 say() { echo "bootstrap: $*"; }
 die() { echo "bootstrap: error: $*" >&2; exit 1; }
 hash_of() { if command -v sha256sum >/dev/null; then cat "$@" | sha256sum; else cat "$@" | shasum -a 256; fi; }
 is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' >/dev/null 2>&1; }
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input -qq "$@"; } # -qq still prints errors
-pinned() { grep -E "^$1==[^ ;]+$" "$requirements" || die "$requirements has no line $1==VERSION"; }
-is_at() { [ -e "$1" ] && [ "$(cat "$1")" = "$2" ]; }
 
 find_python() {
-    if [ -n "${PYTHON:-}" ]; then
-        is_supported "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.10, 3.11 or 3.12 that runs"
-        echo "$PYTHON"
-        return
-    fi
-    local candidate
-    for candidate in python3.11 python3.12 python3.10 python3; do
+    local candidates=(python3.11 python3.12 python3.10 python3) candidate
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         # Run it: a name on PATH may be a shim without an interpreter behind it.
         is_supported "$candidate" && echo "$candidate" && return
     done
-    die "no Python 3.10, 3.11 or 3.12 found; install one or name it: PYTHON=/path/to/python scripts/bootstrap.sh"
+    die "no Python 3.10 to 3.12 that runs: ${candidates[*]}. Name one: PYTHON=/path/to/python scripts/bootstrap.sh"
 }
 
 make_venv() {
-    if [ ! -e "$unfinished" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-        is_supported "$venv/bin/python" || die "$venv has a Python other than 3.10 to 3.12; remove it and run again"
-        return
+    if [ -e "$unfinished" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        local python
+        python=$(find_python)
+        say "making .venv with $("$python" --version)"
+        "$python" -m venv --clear "$venv" || die "$python -m venv failed (Debian and Ubuntu have it in python3-venv)"
     fi
-    local python
-    python=$(find_python)
-    say "making .venv with $("$python" --version)"
-    "$python" -m venv --clear "$venv" || die "$python -m venv failed (Debian and Ubuntu have it in python3-venv)"
+    is_supported "$venv/bin/python" || die "$venv has a Python other than 3.10 to 3.12; remove it and run again"
 }
 
 install_packages() {
-    local wanted torch
-    wanted=$(hash_of "$requirements")
-    if is_at "$packages_stamp" "$wanted"; then return; fi
-    torch=$(pinned torch)
-    rm -f "$packages_stamp"
+    local torch
+    torch=$(grep -E '^torch==[^ ;]+$' "$requirements") || die "$requirements has no line torch==VERSION"
     : >"$unfinished"
     # torch first and alone: nothing that depends on it may then choose another build.
     say "installing $torch"
     pip install "$torch"
     say "installing the packages of scripts/requirements.txt"
     pip install -r "$requirements"
-    echo "$wanted" >"$packages_stamp"
-    rm -f "$unfinished"
+    rm "$unfinished"
 }
 
-# From the wheel that is kept, so that the installed VERL and the one the patch is made against are the same.
+# From the wheel that the patch is made against; whatever else is in VERL's folder, such as a patch's files, goes.
 install_verl() {
-    local verl wheel
-    verl=$(pinned verl)
-    if ! ls "$wheels/${verl/==/-}"-*.whl >/dev/null 2>&1; then
-        say "fetching the wheel of $verl"
-        rm -rf "$wheels" "$wheels.new"
-        pip download --no-deps --only-binary :all: -d "$wheels.new" "$verl"
-        mv "$wheels.new" "$wheels"
-    fi
-    wheel=$(ls "$wheels/${verl/==/-}"-*.whl)
-    # pip leaves behind what it did not install: the files of a patch, for one.
+    local wheel
+    wheel=$("$venv/bin/python" "$root/scripts/make_patch.py" --wheel)
     rm -rf "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/verl"
     pip install --force-reinstall --no-deps "$wheel"
 }
@@ -87,7 +66,7 @@ main() {
     local wanted
     case "${1:-}" in "" | --check) ;; *) die "unknown argument $1; there is only --check" ;; esac
     wanted=$(hash_of "$requirements" "$root/pyproject.toml")
-    if [ -x "$venv/bin/python" ] && is_at "$stamp" "$wanted"; then return; fi
+    if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
     [ "${1:-}" != --check ] || die ".venv is behind scripts/requirements.txt or pyproject.toml; run scripts/bootstrap.sh"
     rm -f "$stamp"
     make_venv

@@ -289,6 +289,13 @@ def test_modes_of_files_stay_and_new_files_can_be_read(umask, tree):
     assert added and [file for file in added if patched[file] & 0o444 != 0o444] == []
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_owners_of_files_stay(tree):
+    os.chown(tree / EDITED, NOBODY, NOBODY)
+    apply(tree)
+    assert (tree / EDITED).stat().st_uid == (tree / EDITED).stat().st_gid == NOBODY
+
+
 def test_hard_links_are_cut(tree, tmp_path):
     # uv links what it installs into its cache.
     (tmp_path / "cache.py").hardlink_to(tree / EDITED)

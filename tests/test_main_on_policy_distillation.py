@@ -177,8 +177,23 @@ def test_a_distillation_loss_gets_a_teacher(loss_mode, calls):
 def test_any_other_loss_is_main_ppo(calls, monkeypatch):
     config = composed(VERL_CONFIG, "ppo_trainer")
     entry.run(config)
-    assert [name for name, _, _ in calls] == ["auto_set_device", "validate_config", "run_ppo"]
+    assert [name for name, _, _ in calls] == ["prepare", "auto_set_device", "validate_config", "run_ppo"]
     assert calls[-1] == ("run_ppo", (config,), {"task_runner_class": main_ppo.TaskRunnerV1})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([f"{POLICY_LOSS}.loss_mode=on_policy_destillation"], "is not registered: did you mean on_policy_distillation"),
+        (["teacher.model.path=somewhere"], "teacher.model.path=somewhere has no effect with .*loss_mode=vanilla"),
+    ],
+)
+def test_a_loss_that_is_misspelt_or_left_out_is_refused(overrides, said, monkeypatch):
+    """In an unpatched VERL nothing else would look: another loss is main_ppo's."""
+    hydra_source.install()
+    monkeypatch.setattr(main_ppo, "run_ppo", lambda *_, **__: pytest.fail("the run started"))
+    with pytest.raises(ValueError, match=said):
+        entry.run(composed(VERL_CONFIG, "ppo_trainer", *overrides))
 
 
 def test_a_patched_main_ppo_does_it_by_itself(calls, monkeypatch):

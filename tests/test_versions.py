@@ -35,9 +35,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from make_patch import PatchError, new_files, supported, unpack_verl
+from make_patch import SUPPORTED_RELEASES, PatchError, new_files, unpack_verl
 
-RELEASES = supported("RELEASES").split()
 # Without the trainer that the patch is for. Our files can be copied into them, for trainers of one's own that call the
 # two losses. 0.7.0 is not here as it does not import with the pinned transformers.
 LOSSES_ONLY = ["0.7.1", "0.8.0"]
@@ -68,7 +67,7 @@ def content(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(scope="module", params=[*RELEASES, *(["checkout"] if CHECKOUT else [])])
+@pytest.fixture(scope="module", params=[*SUPPORTED_RELEASES, *(["checkout"] if CHECKOUT else [])])
 def tree(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("verl")
     if request.param == "checkout":

@@ -39,14 +39,13 @@ def _is_patched() -> bool:
 
 def run(config: DictConfig) -> None:
     """`main_ppo.main` for a composed configuration, with a teacher where the policy loss asks for one."""
-    if _is_patched() or not is_distillation_loss(config.actor_rollout_ref.actor.policy_loss.loss_mode):
-        main_ppo.main.__wrapped__(config)
-        return
-    from verl.on_policy_distillation.trainer import task_runner_class
+    if not _is_patched():
+        prepare(config)  # of another loss too: it may be one of ours misspelt, or have a teacher that it would ignore
+        if is_distillation_loss(config.actor_rollout_ref.actor.policy_loss.loss_mode):
+            from verl.on_policy_distillation.trainer import task_runner_class
 
-    prepare(config)
-    # The body of VERL's main, which a fork may have edited, hands this class to Ray.
-    main_ppo.TaskRunnerV1 = task_runner_class(main_ppo.TaskRunnerV1)
+            # The body of VERL's main, which a fork may have edited, hands this class to Ray.
+            main_ppo.TaskRunnerV1 = task_runner_class(main_ppo.TaskRunnerV1)
     main_ppo.main.__wrapped__(config)
 
 
@@ -56,7 +55,9 @@ def _task(config: DictConfig) -> None:
 
 # Hydra takes the task's file for the place that `--config-path` is relative to: let it be `main_ppo`'s, as in
 # `python -m verl.trainer.main_ppo`.
-_task.__code__ = _task.__code__.replace(co_filename=main_ppo.__file__)
+_task.__code__ = _task.__code__.replace(
+    co_filename=main_ppo.__file__, co_firstlineno=main_ppo.main.__wrapped__.__code__.co_firstlineno
+)
 _task.__module__ = "__main__"
 
 
