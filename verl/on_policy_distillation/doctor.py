@@ -223,8 +223,8 @@ def run_check(name, check, tree):
             print(f"verify: {name:<13} FAILED: {error}")
             return FAILED
         print(
-            f"verify: {name:<13} not checked: {sys.executable} has no module {error.name!r}, which VERL's trainer needs: "
-            'pip install "verl[verl-core]==VERSION" with the version of your VERL brings all of these'
+            f"verify: {name:<13} not checked: {sys.executable} has no module {error.name!r}, which VERL's trainer "
+            'needs: pip install "verl[verl-core]==VERSION", with the version of your VERL, brings all of these'
         )
         return NOT_CHECKED
     except Exception as error:  # whatever goes wrong in VERL's own imports is for the user to read
