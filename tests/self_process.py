@@ -113,6 +113,8 @@ def failed_scoring(actor, data):
         actor.score(data.clone())
     except RuntimeError:
         pass
+    else:
+        return False
     finally:
         engine.forward_step = forward_step
     return all(torch.equal(value, before[name]) for name, value in student_weights(module).items())
@@ -143,7 +145,7 @@ def run_case(overrides, batch, rank, world_size):
 
 
 def resumed(actor, config, data, said):
-    """Whether a fresh worker that loads the checkpoint hears the same, and what one says that finds none."""
+    """Whether a fresh worker that loads the checkpoint hears the same, and what it says where there is none."""
     folder = [tempfile.mkdtemp() if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(folder)
     actor.save_checkpoint(folder[0])
@@ -153,7 +155,12 @@ def resumed(actor, config, data, said):
         fresh, _, _ = make_actor(config, is_dense=False)
     fresh.load_checkpoint(folder[0])
     ids, _ = scored(fresh, data)
-    return {"files": files, "same": torch.equal(logits_of(fresh, ids), said)}
+    try:
+        fresh.load_checkpoint(os.path.join(folder[0], "nowhere"))
+        refusal = ""
+    except Exception as error:  # VERL's own, where nothing is kept
+        refusal = str(error)
+    return {"files": files, "same": torch.equal(logits_of(fresh, ids), said), "refusal": refusal}
 
 
 def main(spec_path, out_path):

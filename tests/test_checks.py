@@ -107,7 +107,8 @@ def test_the_yaml_files_have_the_keys_and_defaults_of_the_dataclasses(models):
     assert set(section) - {"_target_"} <= set(field_names(DistillationPolicyLossConfig))
     assert {name: section[name] for name in ours} == {name: getattr(defaults, name) for name in ours}
     assert set(config.teacher) - {"_target_"} == set(field_names(TeacherConfig))
-    plain = ("payload", "payload_dtype", "dump_freq", "dump_size")  # the others follow the student
+    plain = ("payload", "payload_dtype", "topk", "models", "routing_key", "weights_key", "ema", "refresh_freq")
+    plain += ("dump_freq", "dump_size")  # the others follow the student
     assert [config.teacher[name] for name in plain] == [getattr(TeacherConfig(), name) for name in plain]
 
 

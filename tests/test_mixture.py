@@ -158,6 +158,7 @@ def test_weights_are_normalised():
         ([0.0, 0.0], "not all zero"),
         ([math.nan, 1.0], "0 or more"),
         ([math.inf, 1.0], "0 or more"),
+        ([None, 1.0], "give numbers"),
     ],
 )
 def test_weights_that_weigh_nothing_are_refused(weights, said):

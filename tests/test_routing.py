@@ -61,6 +61,16 @@ def test_a_sample_may_bring_its_weights_by_name_or_in_order(weights):
     assert own.shares({"weights": [{"maths": None, "code": 2.0}]}, 1).tolist() == [[0, 1]]
 
 
+def test_routes_may_be_numbers():
+    numbered = routes({"a": {"route": 0}, "2": {"path": "p"}}, routing_key="s")
+    assert numbered.shares({"s": [2, "0", 0]}, 3).tolist() == [[0, 1], [1, 0], [1, 0]]
+
+
+def test_a_name_that_only_other_rows_weigh_is_no_unknown_teacher():
+    own = routes(TWO, weights_key="weights")
+    assert own.shares({"weights": [{"code": 1.0, "poetry": None}]}, 1).tolist() == [[0, 1]]
+
+
 @pytest.mark.parametrize(
     ("models", "keys", "said"),
     [
@@ -91,11 +101,12 @@ def training_data(**columns):
         (
             {"routing_key": "data_source"},
             {"data_source": ["maths", "code", "poetry"]},
-            "row 2 of the data set has data_source='poetry': no teacher serves it.*'code', 'maths'",
+            "row 2 has data_source='poetry': no teacher serves it.*'code', 'maths'",
         ),
         ({"routing_key": "topic"}, {"data_source": ["maths"]}, "teacher.routing_key=topic is no field"),
-        ({"weights_key": "w"}, {"w": [[1.0, 1.0], [0.0, 0.0]]}, "row 1 of the data set has w=.*not all zero"),
+        ({"weights_key": "w"}, {"w": [[1.0, 1.0], [0.0, 0.0]]}, "row 1 has w=.*not all zero"),
         ({"weights_key": "w"}, {"w": [[1.0, 1.0], [1.0]]}, "row 1 .*1 weights, and there are 2 teachers"),
+        ({"weights_key": "w"}, {"w": [[1.0, None]]}, "row 0 .*give numbers"),
         ({"weights_key": "w"}, {"w": ["a", "b"]}, "row 0 .*by name or in this order"),
         ({"weights_key": "w"}, {"w": [{"maths": 1.0, "poetry": 1.0}]}, "row 0 .*no teacher 'poetry'"),
     ],
@@ -104,6 +115,12 @@ def test_the_training_data_is_checked_row_by_row(keys, columns, said):
     teacher = OmegaConf.create({"models": TWO, "routing_key": None, "weights_key": None} | keys)
     with pytest.raises(ValueError, match=said):
         require_routes(teacher, training_data(**columns))
+
+
+def test_a_data_set_of_another_kind_is_checked_as_it_is_scored():
+    teacher = OmegaConf.create({"models": TWO, "routing_key": "data_source", "weights_key": None})
+    require_routes(teacher, SimpleNamespace(dataframe=[{"data_source": "poetry"}]))
+    require_routes(teacher, SimpleNamespace())
 
 
 def test_training_data_whose_rows_all_have_teachers_passes():
@@ -129,7 +146,7 @@ def config_of(paths, *overrides):
 def test_teachers_inherit_the_model_and_override_it(paths):
     config = config_of(
         paths,
-        f"teacher.model.path={paths['maths']}",
+        f"teacher.model.path={paths['maths']}",  # of all that have none of their own
         f"+teacher.models.code.path={paths['code']}",
         "+teacher.models.code.weight=2",
         "+teacher.models.maths.use_shm=False",
@@ -144,6 +161,10 @@ def test_teachers_inherit_the_model_and_override_it(paths):
     ("overrides", "said"),
     [
         (["+teacher.models.code.weight=2"], "teacher.models.code.path is not set"),
+        (
+            ["+teacher.models.code.path={code}", "teacher.model.path={maths}"],
+            "teacher.model.path=.* has no effect, as every one of teacher.models has a path",
+        ),
         (["+teacher.models.code.path=/nowhere"], "teacher.models.code.path=/nowhere does not exist"),
         (["+teacher.models.code.pth=x"], "teacher.models.code.pth=x.*did you mean teacher.models.code.path"),
         (
@@ -174,6 +195,19 @@ def test_a_top_k_says_how_many(paths, overrides, said):
         validate(config_of(paths, f"teacher.model.path={paths['code']}", *overrides))
 
 
+def test_a_single_named_teacher_gets_even_micro_batches(paths):
+    """Nothing is padded for it, so VERL's own rule holds."""
+    overrides = [f"+teacher.models.code.path={paths['code']}", "data.train_batch_size=8"]
+    with pytest.raises(ValueError, match="teacher.micro_batch_size_per_gpu=3 does not divide"):
+        validate(config_of(paths, *overrides, "teacher.micro_batch_size_per_gpu=3"))
+
+
+@pytest.mark.parametrize("key", ["routing_key=x", "weights_key=x", "ema=0.9", "refresh_freq=2", "topk=3"])
+def test_settings_of_teachers_beside_another_loss_are_refused(key):
+    with pytest.raises(ValueError, match=f"teacher.{key} has no effect with .*loss_mode=vanilla"):
+        validate(make_config(f"teacher.{key}"))
+
+
 def test_teachers_beside_another_loss_are_refused(paths):
     config = make_config(f"+teacher.models.code.path={paths['code']}")
     with pytest.raises(ValueError, match="teacher.models.code=.* has no effect with .*loss_mode=vanilla"):
@@ -183,7 +217,9 @@ def test_teachers_beside_another_loss_are_refused(paths):
 def test_a_new_teacher_on_the_command_line_wants_a_plus():
     with pytest.raises(ValueError, match=r"write \+teacher.models.code.path=x"):
         refuse_misspelt_overrides(["teacher.models.code.path=x"])
-    refuse_misspelt_overrides(["+teacher.models.code.path=x", "++teacher.models.code.weight=2"])
+    refuse_misspelt_overrides(["+teacher.models.code.path=x", "++teacher.models.code.weight=2", "~teacher.models.code"])
+    # A YAML of the user's may have it already.
+    refuse_misspelt_overrides(["--config-name", "mine", "teacher.models.code.weight=2"])
 
 
 def test_shares_are_float64_and_sum_to_one():

@@ -193,13 +193,39 @@ def test_a_moving_teacher_is_saved_and_resumed_with_the_run_and_a_frozen_one_nee
         for name, result in results.items():
             is_moving = name in ("ema", "refreshed", "lora_ema")
             files = [f"teacher_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)]
-            assert result["resumed"] == {"files": files if is_moving else [], "same": True}, name
+            resumed = dict(result["resumed"])
+            refusal = resumed.pop("refusal")
+            assert resumed == {"files": files if is_moving else [], "same": True}, name
+            assert ("has the moving teachers []" in refusal) == is_moving and refusal, name
 
 
 def test_a_checkpoint_of_another_model_is_an_error():
     weights = ShadowWeights(torch.nn.Linear(2, 3))
     with pytest.raises(RuntimeError, match="another model or number of ranks"):
         weights.load_state_dict(ShadowWeights(torch.nn.Linear(2, 4)).state_dict())
+
+
+def test_an_exchange_that_fails_half_way_is_undone(monkeypatch):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    weights = ShadowWeights(module)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(2.0)
+    before = [parameter.clone() for parameter in module.parameters()]
+    shards = ShadowWeights._shards
+
+    def some(self):
+        for number, shard in enumerate(shards(self)):
+            if number == 2 and some.fails:
+                some.fails = False
+                raise RuntimeError("out of memory")
+            yield shard
+
+    some.fails = True
+    monkeypatch.setattr(ShadowWeights, "_shards", some)
+    with pytest.raises(RuntimeError, match="out of memory"), weights.in_place():
+        pytest.fail("it has no weights in place")
+    assert not some.fails and all(map(torch.equal, module.parameters(), before))
 
 
 def test_an_average_keeps_tiny_steps():
@@ -234,6 +260,11 @@ def paths(checkpoints):
             ["teacher.ema=0.9", "actor_rollout_ref.actor.fsdp_config.model_dtype=bfloat16"],
             "teacher.ema=0.9 with actor_rollout_ref.actor.fsdp_config.model_dtype=bfloat16",
         ),
+        (
+            ["teacher.ema=0.9", "actor_rollout_ref.actor.fsdp_config.model_dtype=bogus"],
+            "actor_rollout_ref.actor.fsdp_config.model_dtype=bogus is not a dtype",
+        ),
+        (["actor_rollout_ref.model.lora_adapter_path=x"], "lora_adapter_path=x with lora_rank=0"),
         (["+teacher.models.a.weight=1", "+teacher.models.b.weight=2"], "2 teachers have path=self"),
     ],
 )

@@ -171,8 +171,8 @@ def assert_is(result, expected):
         assert metrics[f"distillation/{name}/kl"] == pytest.approx(kl, rel=2e-5, abs=1e-9)
 
 
-def test_each_teacher_has_its_metrics_unless_only_a_top_k_of_the_mixture_is_kept(one_rank):
-    for name, result in one_rank.items():
+def test_each_teacher_has_its_metrics_unless_only_a_top_k_of_the_mixture_is_kept(one_rank, two_ranks):
+    for name, result in [*one_rank.items(), *two_ranks.items()]:
         found = {f"distillation/{teacher}/{key}" for teacher in NAMES for key in ("kl", "share")}
         assert found.isdisjoint(result["metrics"]) if "top_k" in name else found <= result["metrics"].keys()
 

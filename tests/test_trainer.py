@@ -366,7 +366,5 @@ def test_a_row_without_a_teacher_ends_the_run_before_any_model_is_loaded(files, 
     process = start(files, tmp_path, *SEVERAL, "teacher.routing_key=data_source")
     assert process.wait(timeout=120) != 0
     log = (tmp_path / "0000.log").read_text(errors="replace")
-    assert (
-        "row 0 of the data set has data_source=" in log and "teacher.models has the routes ['carries', 'sums']" in log
-    )
+    assert "row 0 has data_source=" in log and "teacher.models has the routes ['carries', 'sums']" in log
     assert "model engine initialized" not in log

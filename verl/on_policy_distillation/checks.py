@@ -19,6 +19,7 @@ Every error names the key, its value and the fix.
 import difflib
 import logging
 import os
+import re
 from typing import Any, Optional
 
 import torch
@@ -42,7 +43,7 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.utils.fs import copy_to_local
 from verl.utils.torch_dtypes import PrecisionType
 
-__all__ = ["loss_mode", "prepare", "refuse_misspelt_overrides", "validate"]
+__all__ = ["loss_mode", "prepare", "refuse_misspelt_overrides", "require_routes", "validate"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,9 @@ def validate(config: DictConfig) -> None:
 
 
 def _teachers_named(config: DictConfig) -> dict[str, Any]:
-    """The keys that name a teacher, and their values."""
-    named = {"teacher.model.path": OmegaConf.select(config, "teacher.model.path")}
+    """The keys that say something of teachers, and their values."""
+    keys = ("model.path", "routing_key", "weights_key", "ema", "refresh_freq", "topk")
+    named = {f"teacher.{key}": OmegaConf.select(config, f"teacher.{key}") for key in keys}
     for name, model in (OmegaConf.select(config, "teacher.models") or {}).items():
         named[f"teacher.models.{name}"] = model
     return {key: value for key, value in named.items() if value is not None}
@@ -119,6 +121,7 @@ def refuse_misspelt_overrides(arguments: list[str]) -> None:
     Raises:
         ValueError: naming the override and the nearest key.
     """
+    has_own_yaml = any(re.match("-c[pnd]|--config-(path|name|dir)", argument) for argument in arguments)
     for argument in arguments:
         key = argument.partition("=")[0].lstrip("+~")
         parent, _, name = key.rpartition(".")
@@ -127,7 +130,7 @@ def refuse_misspelt_overrides(arguments: list[str]) -> None:
             nearest = misspelt_loss_key(name)
         elif parent == "teacher":
             nearest = misspelt_teacher_key(name)
-        elif key.startswith("teacher.models.") and not argument.startswith("+"):
+        elif key.startswith("teacher.models.") and not argument.startswith(("+", "~")) and not has_own_yaml:
             raise ValueError(f"{argument}: Hydra adds new keys with a plus: write +{argument}.")
         if nearest:
             raise ValueError(f"{argument}: there is no {name} in {parent}, did you mean {parent}.{nearest}?")
@@ -186,6 +189,12 @@ def _check_student(config: DictConfig) -> None:
     actor = "actor_rollout_ref.actor"
     _check_engine(config, f"{actor}.strategy", f"{actor}.fsdp_config", "actor_rollout_ref.model")
     _require_no_sequence_parallelism(config, f"{actor}.ulysses_sequence_parallel_size")
+    adapter, rank = (config.actor_rollout_ref.model.get(key, None) for key in ("lora_adapter_path", "lora_rank"))
+    if adapter is not None and not rank:
+        raise ValueError(
+            f"actor_rollout_ref.model.lora_adapter_path={adapter} with lora_rank={rank}: VERL loads an adapter with "
+            "a rank above 0 only. Set actor_rollout_ref.model.lora_rank to the adapter's."
+        )
     targets = config.actor_rollout_ref.model.get("target_modules", None)
     if config.actor_rollout_ref.model.get("lora_rank", 0) and targets and "lm_head" in targets:
         raise ValueError(
@@ -266,13 +275,14 @@ def require_routes(teacher: DictConfig, dataset: Any) -> None:
         ValueError: naming the field, the first row that has no teacher, and what it holds.
     """
     routes, table = Routes.of(teacher), getattr(dataset, "dataframe", None)
-    if not routes.columns or table is None:
+    names = getattr(table, "column_names", None)  # of a Hugging Face table, as VERL's own data set has one
+    if not routes.columns or table is None or names is None:
         return
     for key in ("routing_key", "weights_key"):
-        if teacher[key] is not None and teacher[key] not in table.column_names:
+        if teacher[key] is not None and teacher[key] not in names:
             raise ValueError(
-                f"teacher.{key}={teacher[key]} is no field of the training data, which has {table.column_names}: set "
-                "it to one of them."
+                f"teacher.{key}={teacher[key]} is no field of the training data, which has {names}: set it to one of "
+                "them."
             )
     routes.shares({column: table[column] for column in routes.columns}, len(table))
 
@@ -283,6 +293,11 @@ def _check_teacher(config: DictConfig) -> None:
     _check_moving(config.teacher)
     if not config.teacher.models:
         _check_checkpoints(config, "teacher.model")
+    elif config.teacher.model.path is not None and all("path" in own for own in config.teacher.models.values()):
+        raise ValueError(
+            f"teacher.model.path={config.teacher.model.path} has no effect, as every one of teacher.models has a path: "
+            "leave it out, or give it a name of its own among them."
+        )
     for name, group in teacher_groups(config.teacher).items() if config.teacher.models else ():
         key = f"teacher.models.{name}"
         for setting in config.teacher.models[name]:
@@ -308,7 +323,8 @@ def _check_checkpoints(config: DictConfig, key: str) -> None:
         )
     if not isinstance(path, str):
         raise ValueError(f"{key}.path={path!r} is no path: set it to the folder or the name of a checkpoint.")
-    if path == SELF:
+    is_self = path == SELF
+    if is_self:
         _check_self(config, key)
         config = OmegaConf.merge(config, {"teacher": {"model": {"path": config.actor_rollout_ref.model.path}}})
         path = config.teacher.model.path
@@ -323,8 +339,9 @@ def _check_checkpoints(config: DictConfig, key: str) -> None:
     for name, local in (("actor_rollout_ref.model.path", student_path), (f"{key}.path", path)):
         if os.path.isdir(_local_path(local)):
             require_readable(name, _local_path(local))
-    if config.teacher.payload != "logits" and os.path.isdir(_local_path(path)):
-        find_output_projection(_local_path(path), tied=bool(teacher.get_text_config().tie_word_embeddings))
+    if config.teacher.payload != "logits" and not is_self and os.path.isdir(_local_path(path)):
+        tied = bool(teacher.get_text_config().tie_word_embeddings)
+        find_output_projection(_local_path(path), tied, f"{key}.path")
 
 
 def _check_self(config: DictConfig, key: str) -> None:
@@ -335,8 +352,7 @@ def _check_self(config: DictConfig, key: str) -> None:
             f"teacher.payload=logits with {key}.path={SELF}: the student's engine keeps hidden states. Set "
             "teacher.payload to hidden_states or topk."
         )
-    model = config.actor_rollout_ref.model
-    is_lora = model.get("lora_rank", 0) > 0 or model.get("lora_adapter_path", None) is not None
+    is_lora = config.actor_rollout_ref.model.get("lora_rank", 0) > 0
     is_moving = teacher.ema is not None or teacher.refresh_freq is not None
     if actor.strategy == "fsdp" and (is_moving or not is_lora):
         raise ValueError(
@@ -344,6 +360,7 @@ def _check_self(config: DictConfig, key: str) -> None:
             "FSDP2 has them. Set actor_rollout_ref.actor.strategy=fsdp2."
         )
     dtype = actor.fsdp_config.model_dtype
+    _check_dtype("actor_rollout_ref.actor.fsdp_config.model_dtype", dtype)
     if teacher.ema is not None and PrecisionType.to_dtype(dtype) != torch.float32:
         raise ValueError(
             f"teacher.ema={teacher.ema} with actor_rollout_ref.actor.fsdp_config.model_dtype={dtype}: small steps "
@@ -432,7 +449,7 @@ def _check_teacher_batches(config: DictConfig) -> None:
     rollouts = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
     sequences, rest = divmod(rollouts, config.trainer.nnodes * config.trainer.n_gpus_per_node)
     size = config.teacher.micro_batch_size_per_gpu
-    is_padded = bool(config.teacher.models)  # what several teachers get is made to come out even
+    is_padded = len(config.teacher.models) > 1  # what several teachers get is made to come out even
     if not config.teacher.use_dynamic_bsz and not is_padded and not rest and sequences % size:
         raise ValueError(
             f"teacher.micro_batch_size_per_gpu={size} does not divide the {sequences} sequences that each device gets "

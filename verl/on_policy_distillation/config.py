@@ -160,7 +160,7 @@ class DistillationPolicyLossConfig(DistillationLossConfig, PolicyLossConfig):
 
 @dataclass
 class TeacherConfig(BaseConfig):
-    """A frozen teacher that scores the student's sequences once per batch.
+    """The teachers, which score the student's sequences once per batch.
 
     Args:
         model (HFModelConfig): The teacher's checkpoint; ``model.path`` is the one key without a default.
@@ -168,9 +168,10 @@ class TeacherConfig(BaseConfig):
             mixture and the ``route`` that it serves; see verl/on_policy_distillation/routing.py.
         routing_key (Optional[str]): The field of the data set whose value names the route of a sample.
         weights_key (Optional[str]): The field of the data set that holds a sample's own weights of the teachers.
-        ema (Optional[float]): How much of a teacher that is the student stays after each update, in (0, 1). With
-            neither this nor ``refresh_freq`` it is the initial student, or the base of its LoRA.
-        refresh_freq (Optional[int]): After how many updates a teacher that is the student takes over its weights.
+        ema (Optional[float]): How much of a teacher that is the student stays after each step's update, in (0, 1).
+            With neither this nor ``refresh_freq`` it is the initial student, or the base of its LoRA.
+        refresh_freq (Optional[int]): After the updates of how many steps a teacher that is the student takes over its
+            weights.
         fsdp_config (FSDPEngineConfig): How the teacher is sharded. Always forward-only.
         payload (str): What is kept of the teacher for each response token: "hidden_states" (last hidden states, which
             the student's head projects with the teacher's output projection, a chunk at a time) or "logits" (the plain

@@ -275,13 +275,16 @@ def _divergence_loss(
 def _teacher_metrics(model_output: Mapping[str, torch.Tensor], plan: TokenPlan, data: TensorDict) -> dict[str, Metric]:
     """Of each of several teachers: the share of tokens that it speaks for, and, times that share, the mean KL to it."""
     tokens_of_a_rank = max(data["batch_num_tokens"], 1) / data["dp_size"]
-    metrics = {}
-    for column in (name for name in model_output if name.startswith(_KL_TO)):
-        kl, name = plan.collect(model_output[column]).detach(), column.removeprefix(_KL_TO)
-        counts = {"kl": kl.nansum(), "share": (~kl.isnan()).sum()}
-        for key, count in counts.items():
-            metrics[f"distillation/{name}/{key}"] = Metric(AggregationType.SUM, count.item() / tokens_of_a_rank)
-    return metrics
+    names = [column.removeprefix(_KL_TO) for column in model_output if column.startswith(_KL_TO)]
+    if not names:
+        return {}
+    kls = torch.stack([plan.collect(model_output[f"{_KL_TO}{name}"]).detach() for name in names])
+    sums = torch.stack((kls.nansum(-1), (~kls.isnan()).sum(-1).to(kls.dtype))) / tokens_of_a_rank
+    return {
+        f"distillation/{name}/{key}": Metric(AggregationType.SUM, value)
+        for key, values in zip(("kl", "share"), sums.tolist(), strict=True)
+        for name, value in zip(names, values, strict=True)
+    }
 
 
 def _collect(model_output: Mapping[str, torch.Tensor], plan: TokenPlan) -> TokenDivergence:

@@ -116,7 +116,7 @@ class MixtureLogits:
                 kls.append(student.kl(here, log_t))
         if mixed is None:
             device = self.parts[0].row.device
-            mixed = torch.empty((len(self.parts[0].row[index]), self.vocab), device=device)
+            mixed = torch.full((len(self.parts[0].row[index]), self.vocab), -torch.inf, device=device)
         return mixed, torch.stack(kls) if kls else None
 
     def _log_distribution(self, part: MixturePart, rows: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,10 @@ def normalized_weights(weights: Sequence[float], count: int) -> list[float]:
     Raises:
         ValueError: another number of weights, one that is negative or not finite, or all of them zero.
     """
-    values = [float(weight) for weight in weights]
+    try:
+        values = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise ValueError(f"{list(weights)} are no weights of a mixture: give numbers.") from None
     if len(values) != count:
         raise ValueError(f"{values} are {len(values)} weights, and there are {count} teachers: give one for each.")
     if not all(0.0 <= value < float("inf") for value in values) or sum(values) == 0.0:

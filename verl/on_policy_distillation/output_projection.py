@@ -144,27 +144,28 @@ def checkpoint_folder(path: str) -> str:
     return snapshot_download(path, allow_patterns=["*.json", "*.bin"])
 
 
-def find_output_projection(checkpoint: str, tied: bool) -> StoredProjection:
+def find_output_projection(checkpoint: str, tied: bool, key: str = "teacher.model.path") -> StoredProjection:
     """Locate the output projection in the Hugging Face checkpoint folder `checkpoint` (safetensors or .bin).
 
     Args:
         checkpoint: folder of the checkpoint.
         tied: whether the model's configuration ties the projection to the input embedding.
+        key: the setting that names the checkpoint.
 
     Raises:
         ValueError: when no tensor of the checkpoint is recognisably the output projection.
     """
-    files = _tensor_files(checkpoint)
+    files = _tensor_files(checkpoint, key)
     suffixes = _EMBEDDINGS if tied else _HEADS
     weight = _first(files, suffixes)
     if weight is None:
         raise ValueError(
-            f"teacher.model.path={checkpoint} has no output projection under a known name "
+            f"{key}={checkpoint} has no output projection under a known name "
             f"({', '.join(suffixes)}): set teacher.payload=logits, which lets the teacher run its own head."
         )
     head = _first(files, _HEADS)
     if tied and head is not None:
-        _require_equal(checkpoint, StoredTensor(files[weight], weight), StoredTensor(files[head], head))
+        _require_equal(f"{key}={checkpoint}", StoredTensor(files[weight], weight), StoredTensor(files[head], head))
     bias = weight.removesuffix("weight") + "bias"
     has_bias = not tied and bias in files
     return StoredProjection(StoredTensor(files[weight], weight), StoredTensor(files[bias], bias) if has_bias else None)
@@ -175,12 +176,12 @@ def _first(names: Iterable[str], suffixes: tuple[str, ...]) -> str | None:
     return next((name for suffix in suffixes for name in names if _ends_with(name, suffix)), None)
 
 
-def _require_equal(checkpoint: str, embedding: StoredTensor, head: StoredTensor) -> None:
+def _require_equal(named: str, embedding: StoredTensor, head: StoredTensor) -> None:
     """Versions of transformers differ in which of two different tensors a tied model gets."""
     rows, others = embedding.read(), head.read()
     if rows.shape == others.shape and not torch.equal(rows, others):  # of another shape it is no head
         raise ValueError(
-            f"teacher.model.path={checkpoint} has tie_word_embeddings=True and a {head.name} that is not its "
+            f"{named} has tie_word_embeddings=True and a {head.name} that is not its "
             f"{embedding.name}: set tie_word_embeddings to what the model is in its config.json, or set "
             "teacher.payload=logits, which lets the teacher run its own head."
         )
@@ -190,11 +191,11 @@ def _ends_with(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
-def _tensor_files(checkpoint: str) -> dict[str, str]:
+def _tensor_files(checkpoint: str, key: str) -> dict[str, str]:
     """Tensor name -> the file that holds it."""
     if weight_map := _weight_map(checkpoint):
         return weight_map
-    [file] = weight_files("teacher.model.path", checkpoint)
+    [file] = weight_files(key, checkpoint)
     return dict.fromkeys(_tensor_names(file), file)
 
 

@@ -56,7 +56,7 @@ class Routes:
             return cls(("teacher",), ("teacher",), (1.0,))
         routes = cls(
             tuple(str(name) for name in models),
-            tuple(str(model.get("route", None) or name) for name, model in models.items()),
+            tuple(_route(name, model.get("route", None)) for name, model in models.items()),
             tuple(_weight(name, model.get("weight", None)) for name, model in models.items()),
             routing_key,
             weights_key,
@@ -87,19 +87,20 @@ class Routes:
         """
         if not self.columns:
             return torch.tensor([self._of_route(None)] * samples, dtype=torch.float64).view(samples, -1)
+        [column] = self.columns
         rows = []
-        for index, values in enumerate(zip(*(fields[column] for column in self.columns), strict=True)):
+        for index, value in enumerate(fields[column]):
             try:
-                rows.append(self._share(values[0]))
+                rows.append(self._share(value))
             except ValueError as error:
-                raise ValueError(f"row {index} of the data set has {self.columns[0]}={values[0]!r}: {error}") from None
+                raise ValueError(f"row {index} has {column}={value!r}: {error}") from None
         return torch.tensor(rows, dtype=torch.float64).view(samples, len(self.names))
 
     def _share(self, value: Any) -> list[float]:
         return self._of_route(value) if self.weights_key is None else self._of_sample(value)
 
     def _of_route(self, route: Optional[str]) -> list[float]:
-        chosen = [self.routing_key is None or own == route for own in self.routes]
+        chosen = [self.routing_key is None or own == str(route) for own in self.routes]
         if not any(chosen):
             raise ValueError(
                 f"no teacher serves it. teacher.models has the routes {sorted(set(self.routes))}: add a teacher of "
@@ -112,7 +113,8 @@ class Routes:
     def _of_sample(self, weights: Any) -> list[float]:
         """`weights`: a number for each teacher, by name (one that is not named has none) or in order."""
         if isinstance(weights, Mapping):
-            if unknown := sorted(set(weights) - set(self.names)):
+            # A column of structures has the names of all rows in each, with None where a row says nothing.
+            if unknown := sorted(name for name in set(weights) - set(self.names) if weights[name]):
                 raise ValueError(f"there is no teacher {unknown[0]!r}: the teachers are {list(self.names)}.")
             weights = [weights.get(name) or 0.0 for name in self.names]
         if isinstance(weights, str) or not hasattr(weights, "__len__"):
@@ -153,6 +155,10 @@ def _require_keys(models: Mapping[str, Any], routing_key: Any, weights_key: Any)
                 f"teacher.models.{name}.weight={model['weight']} has no effect with teacher.weights_key={weights_key}: "
                 "leave one of them out."
             )
+
+
+def _route(name: Any, route: Any) -> str:
+    return str(name if route is None else route)
 
 
 def _weight(name: Any, weight: Any) -> float:

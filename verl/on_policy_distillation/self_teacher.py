@@ -60,11 +60,12 @@ class ShadowWeights:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, the module has these weights; afterwards its own again, whatever happened."""
-        self._exchange()
+        traded: list[str] = []
         try:
+            self._exchange(traded)
             yield
         finally:
-            self._exchange()
+            self._exchange([], only=traded)
 
     @torch.no_grad()
     def follow(self, moving: Moving) -> None:
@@ -98,12 +99,17 @@ class ShadowWeights:
         self._updates = state["updates"]
 
     @torch.no_grad()
-    def _exchange(self) -> None:
-        """One parameter after the other, so that the device holds one shard more at a time."""
+    def _exchange(self, traded: list[str], only: Optional[list[str]] = None) -> None:
+        """One parameter after the other, so that the device holds one shard more at a time.
+
+        `traded` gets the names of those that are done; `only`: none but these.
+        """
         for name, shard in self._shards():
-            value = self._values[name].to(shard.device, copy=True)
-            self._values[name].copy_(shard)
-            shard.copy_(value)
+            if only is None or name in only:
+                value = self._values[name].to(shard.device, copy=True)
+                self._values[name].copy_(shard)
+                shard.copy_(value)
+                traded.append(name)
 
     def _shards(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The trainable parameters' memory on this rank.

@@ -168,8 +168,7 @@ class StudentAsTeacher(_Scorer):
 
     def __init__(self, student: TrainingWorker, config: DictConfig):
         super().__init__(student, config.use_dynamic_bsz, config.micro_batch_size_per_gpu)
-        model = student.model_config
-        is_lora = model.lora_rank > 0 or model.lora_adapter_path is not None
+        is_lora = student.model_config.lora_rank > 0
         self._config, self._moving = config, Moving(config.ema, config.refresh_freq)
         self._is_base = is_lora and not self._moving.is_moving
         self.shadow = None if self._is_base else ShadowWeights(student.engine.module)
@@ -228,12 +227,13 @@ class Projections:
     Args:
         read: of each teacher, reads its projection onto a device.
         resident: how many the mixture of one sample needs.
+        is_shared_with_update: whether the student's update reads them too; a top-k is made before.
     """
 
-    def __init__(self, read: dict[str, Callable[..., OutputProjection]], resident: int):
+    def __init__(self, read: dict[str, Callable[..., OutputProjection]], resident: int, is_shared_with_update: bool):
         self._resident, self._host = resident, {}
         self._device: OrderedDict[str, OutputProjection] = OrderedDict()
-        if len(read) <= resident:  # they never leave
+        if len(read) <= resident and is_shared_with_update:  # they never leave
             self._device.update((name, function(get_device_id())) for name, function in read.items())
             return
         is_accelerator = get_device_name() != "cpu"
@@ -249,6 +249,10 @@ class Projections:
             self._device[name] = self._host[name].to(get_device_id())
         self._device.move_to_end(name)
         return self._device[name]
+
+    def leave(self) -> None:
+        """Leave the device."""
+        self._device.clear()
 
 
 class Teachers:
@@ -271,7 +275,9 @@ class Teachers:
         read = {
             name: teacher.read_projection for name, teacher in self._teachers.items() if isinstance(teacher, Teacher)
         }
-        self._projections = None if config.payload == "logits" else Projections(read, self._routes.width)
+        self._projections = None
+        if config.payload != "logits":
+            self._projections = Projections(read, self._routes.width, is_shared_with_update=self._top_k is None)
 
     def score(self, data: TensorDict) -> Scored:
         """Score the samples of `data`; what was said of an earlier batch is forgotten.
@@ -325,6 +331,8 @@ class Teachers:
         for index in route.argsort(stable=True):
             sample = ids[index : index + 1]
             self._top_k.put(sample, self._said(sample, torch.device(get_device_name()), None).logits())
+        assert self._projections is not None
+        self._projections.leave()
         for teacher in self._teachers.values():
             teacher.release()
 

@@ -27,6 +27,7 @@ from verl.on_policy_distillation.teachers import Teachers
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.fs import copy_to_local
 from verl.utils.profiler import DistProfiler
 from verl.workers.config import ActorConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
@@ -108,8 +109,9 @@ class _WorkerWithTeachers(ActorRolloutRefWorker):
         Raises:
             RuntimeError: there are such teachers, and none of them or others in the checkpoint.
         """
-        if expected := self.teachers.state_dict().keys():
-            file = self._teacher_file(local_path)
+        # VERL takes no path for a run that starts anew, and fetches one that is elsewhere.
+        if local_path is not None and (expected := self.teachers.state_dict().keys()):
+            file = self._teacher_file(copy_to_local(local_path))
             state = torch.load(file, map_location="cpu", weights_only=True) if os.path.exists(file) else {}
             if state.keys() != expected:
                 raise RuntimeError(
