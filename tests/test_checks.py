@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.on_policy_distillation import hydra_source
 from verl.on_policy_distillation.checks import prepare, refuse_misspelt_overrides, validate
 from verl.on_policy_distillation.config import DistillationPolicyLossConfig, TeacherConfig, field_names
+from verl.on_policy_distillation.divergence import DivergenceSpec
 from verl.on_policy_distillation.output_projection import find_output_projection
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
@@ -90,6 +91,15 @@ def test_a_critic_warm_up_without_a_critic_is_said(models, caplog):
     prepare(pure)
     assert pure.trainer.critic_warmup == 0
     assert "trainer.critic_warmup=5 is taken as 0: on_policy_distillation has no critic." in caplog.text
+
+
+def test_a_switch_between_divergences_is_not_written_out_as_one(models):
+    config = make_config(PURE, *models, f"{ACTOR}.policy_loss.distillation_entropy_threshold=1.5")
+    for _ in range(2):  # what was prepared may be prepared again
+        prepare(config)
+    policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+    assert (policy_loss.distillation_type, policy_loss.distillation_beta) == (None, None)
+    assert policy_loss.divergence == DivergenceSpec(temperature=1.0, entropy_threshold=1.5)
 
 
 def test_other_losses_are_left_as_they_are(models):
@@ -231,6 +241,34 @@ MISTAKES = {
     ),
     "type": ([PURE, f"{ACTOR}.policy_loss.distillation_type=kl"], "distillation_type='kl'.*choose one of"),
     "beta": ([PURE, f"{ACTOR}.policy_loss.distillation_beta=1.5"], r"distillation_beta=1.5 is outside \[0, 1\]"),
+    "selection": (
+        [PURE, f"{ACTOR}.policy_loss.distillation_token_selection=top"],
+        "distillation_token_selection='top'.*choose one of",
+    ),
+    "selection without a fraction": (
+        [PURE, f"{ACTOR}.policy_loss.distillation_token_selection=prefix"],
+        "distillation_token_selection=prefix with distillation_keep_fraction=None: set both",
+    ),
+    "fraction without a selection": (
+        [HYBRID, f"{ACTOR}.policy_loss.distillation_keep_fraction=0.5"],
+        "distillation_token_selection=all with distillation_keep_fraction=0.5: set both",
+    ),
+    "clamp": (
+        [PURE, f"{ACTOR}.policy_loss.distillation_loss_max_clamp=0"],
+        "distillation_loss_max_clamp=0 is not positive.*null",
+    ),
+    "threshold and beta": (
+        [PURE, f"{ACTOR}.policy_loss.distillation_entropy_threshold=1", f"{ACTOR}.policy_loss.distillation_beta=0.5"],
+        "distillation_beta=0.5 and distillation_entropy_threshold=1 contradict each other",
+    ),
+    "threshold of no effect": (
+        [PURE, f"{ACTOR}.policy_loss.distillation_entropy_threshold=8"],
+        "distillation_entropy_threshold=8 is never exceeded: 258 outcomes.*5.55 nats.*Lower it",
+    ),
+    "threshold of no effect on a top-k": (
+        [PURE, f"{ACTOR}.policy_loss.distillation_entropy_threshold=2", "teacher.payload=topk", "teacher.topk=4"],
+        "distillation_entropy_threshold=2 is never exceeded: 5 outcomes.*1.61 nats",
+    ),
     "temperature": ([PURE, f"{ACTOR}.policy_loss.distillation_temperature=0"], "distillation_temperature=0.*positive"),
     "weight": ([HYBRID, f"{ACTOR}.policy_loss.hybrid_lambda_rl=-1"], "hybrid_lambda_rl=-1.*negative"),
     "head": (

@@ -749,6 +749,108 @@ def test_the_vocabulary_of_a_plain_function_is_whole(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# the entropy switch
+
+
+def teacher_entropy(teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    log_t = log_probabilities(teacher.detach().double(), temperature)
+    return -(log_t.exp() * log_t).sum(-1)
+
+
+def switched_reference(student, teacher, threshold: float, temperature: float = 1.0):
+    """Value and gradient, by autograd: forward KL where the entropy is above the threshold, reverse KL elsewhere."""
+    z = student.detach().double().requires_grad_()
+    log_s, log_t = (log_probabilities(side, temperature) for side in (z, teacher.detach().double()))
+    is_forward = teacher_entropy(teacher, temperature) > threshold
+    assert is_forward.any() and not is_forward.all()  # or there is nothing to test
+    value = torch.stack([kl(log_t, log_s)[i] if is_forward[i] else kl(log_s, log_t)[i] for i in range(len(z))])
+    value.sum().backward()
+    return value.detach(), z.grad
+
+
+def between(entropies: torch.Tensor) -> float:
+    """A threshold in the middle of the widest gap but the outer ones, which no rounding crosses."""
+    values = entropies.sort().values[1:-1]
+    gap = values.diff().argmax()
+    return ((values[gap] + values[gap + 1]) / 2).item()
+
+
+def with_switch(student, teacher, threshold, temperature=1.0):
+    z, index = student.detach().clone().requires_grad_(), torch.arange(len(student))
+    spec = DivergenceSpec(temperature=temperature, entropy_threshold=threshold)
+    value = token_divergence(z, index, DenseLogits(teacher), index, spec).divergence
+    value.sum().backward()
+    return value.detach(), z.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_the_switch_takes_the_teachers_entropy_at_the_temperature(scale, temperature, dtype):
+    student, teacher = random_pair(scale=scale, dtype=dtype)
+    threshold = between(teacher_entropy(teacher, temperature))
+    actual = with_switch(student, teacher, threshold, temperature)
+    tolerance = 1.0 if dtype == torch.float32 else 1e-6
+    assert_same(actual, switched_reference(student, teacher, threshold, temperature), tolerance)
+
+
+def test_the_switch_by_finite_differences():
+    student, teacher = random_pair(n=6, vocab=5, scale=1.5, dtype=torch.float64)
+    threshold, index = between(teacher_entropy(teacher, 0.7)), torch.arange(6)
+    spec = DivergenceSpec(temperature=0.7, entropy_threshold=threshold)
+
+    def value(z):
+        return token_divergence(z, index, DenseLogits(teacher), index, spec).divergence
+
+    assert torch.autograd.gradcheck(value, (student.requires_grad_(),), eps=1e-5, atol=1e-8, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("threshold", "kind"), [(-1.0, "forward_kl"), (100.0, "reverse_kl")])
+def test_a_switch_at_either_end_is_that_kl_exactly(threshold, kind):
+    student, teacher = random_pair()
+    assert all(map(torch.equal, with_switch(student, teacher, threshold), with_gradient(student, teacher, kind)))
+
+
+def test_entropy_at_the_threshold_is_not_above_it():
+    """A uniform teacher over four entries has an entropy of log 4, exactly so in these numbers."""
+    student, teacher = random_logits(1, 4, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)
+    for threshold, kind in ((math.log(4), "reverse_kl"), (math.nextafter(math.log(4), 0), "forward_kl")):
+        assert all(map(torch.equal, with_switch(student, teacher, threshold), with_gradient(student, teacher, kind)))
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shards_switch_by_the_entropy_of_the_whole(cuts, dtype):
+    """No shard knows it; rows with zero probabilities on either side are among them."""
+    student, teacher = random_rows(dtype)
+    entropies = divergence_of(student, teacher, temperature=1.3).teacher_entropy
+    weights, threshold = torch.linspace(-1.0, 2.0, 10, dtype=dtype), between(entropies)
+    spec = DivergenceSpec(temperature=1.3, entropy_threshold=threshold)
+    arguments = student, teacher, spec, SHARD_TEMPERATURES, weights
+    results, gradient = sharded(divergence_module, *arguments, cuts)
+    is_forward = entropies > threshold
+    assert 2 <= is_forward.sum() <= 8
+    parts = {
+        kind: whole_rows(student, teacher, DivergenceSpec(kind, temperature=1.3), weights)
+        for kind in ("forward_kl", "reverse_kl")
+    }
+    assert torch.equal(whole_rows(student, teacher, spec, weights)[1][is_forward], parts["forward_kl"][1][is_forward])
+    expected = torch.where(is_forward, parts["forward_kl"][0], parts["reverse_kl"][0])
+    expected_gradient = torch.where(is_forward.unsqueeze(-1), parts["forward_kl"][1], parts["reverse_kl"][1])
+    tolerance = 1.0 if dtype == torch.float32 else 1e-6
+    for mine, true in zip(results, expected, strict=True):
+        assert_values(mine, true.double(), tolerance * VALUE_TOLERANCE)
+    size = torch.maximum(expected_gradient.abs().amax(-1), 0.1 * expected[0].abs().clamp(min=1.0))
+    error = (gradient - expected_gradient).abs().amax(-1)
+    assert (error <= tolerance * GRADIENT_TOLERANCE * size).all()
+
+
+def test_a_switch_of_another_divergence_is_refused():
+    with pytest.raises(ValueError, match="entropy_threshold=0.5 with distillation_type='gkd'.*leave one of them out"):
+        DivergenceSpec("gkd", 0.5, entropy_threshold=0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # linear logits
 
 

@@ -70,8 +70,10 @@ def truth(student, teacher, spec, student_temperature, weights):
     m = spec.beta * t + (1.0 - spec.beta) * s
     log_m = torch.where(m > 0.0, m, 1.0).log()
     student_to_m = (s * (log_s - log_m)).sum(-1)
+    entropies = -(s * log_s).sum(-1), -(t * log_t).sum(-1)
+    is_forward = entropies[1] > (torch.inf if spec.entropy_threshold is None else spec.entropy_threshold)
     if spec.distillation_type == "reverse_kl":
-        value, slope = reverse_kl, log_s - log_t - reverse_kl[:, None]
+        value, slope = torch.where(is_forward, forward_kl, reverse_kl), log_s - log_t - reverse_kl[:, None]
     elif spec.distillation_type == "forward_kl":
         value, slope = forward_kl, torch.where(s > 0.0, 1.0 - t / s, 0.0)
     elif spec.distillation_type == "gkd":
@@ -80,10 +82,11 @@ def truth(student, teacher, spec, student_temperature, weights):
     else:
         h = log_s - log_m - (1.0 - spec.beta) * torch.where(m > 0.0, s / m, 0.0)
         value, slope = student_to_m, h - (s * h).sum(-1, keepdim=True)
-    gradient = s - t if spec.distillation_type == "forward_kl" else s * slope
+    gradient = torch.where(is_forward[:, None], s - t, s * slope)
+    if spec.distillation_type == "forward_kl":
+        gradient = s - t
     first_best = (student == student.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
     is_agreed = teacher.gather(-1, first_best).squeeze(-1) == teacher.amax(-1)
-    entropies = -(s * log_s).sum(-1), -(t * log_t).sum(-1)
     results = torch.stack((value, reverse_kl, forward_kl, *entropies, is_agreed.double()))
     return results, gradient * (weights.double() / student_temperature)[:, None]
 
@@ -103,10 +106,21 @@ class Problem:
     weights: torch.Tensor
 
 
-def problem(student, teacher, kind="reverse_kl", beta=1.0, temperatures=(0.7, 1.3), weights=None) -> Problem:
-    """`temperatures`: the student's and the teacher's."""
+def problem(
+    student, teacher, kind="reverse_kl", beta=1.0, temperatures=(0.7, 1.3), weights=None, threshold=None
+) -> Problem:
+    """`temperatures`: the student's and the teacher's; `threshold`: of the entropy switch."""
     weights = torch.linspace(-1.0, 2.0, len(student), dtype=student.dtype) if weights is None else weights
-    return Problem(student, teacher, DivergenceSpec(kind, beta, temperatures[1]), Temperatures(*temperatures), weights)
+    spec = DivergenceSpec(kind, beta, temperatures[1], threshold)
+    return Problem(student, teacher, spec, Temperatures(*temperatures), weights)
+
+
+def switching(student, teacher, **settings) -> Problem:
+    """With a threshold in the widest gap between the rows' entropies."""
+    t, log_t = truth_side(teacher, 1.3)
+    entropies = -(t * log_t).sum(-1).sort().values
+    gap = entropies.diff().argmax()
+    return problem(student, teacher, threshold=((entropies[gap] + entropies[gap + 1]) / 2).item(), **settings)
 
 
 @dataclass
@@ -342,6 +356,29 @@ def test_agreement_is_of_the_first_of_equal_maxima(kernel):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# the entropy switch
+
+
+@pytest.mark.parametrize("vocab", [37, 1025])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_switch(kernel, dtype, vocab):
+    check(kernel, switching(*five_rows(vocab, dtype)), Layout(block=256))
+
+
+@pytest.mark.parametrize(("threshold", "kind"), [(-1.0, "forward_kl"), (100.0, "reverse_kl")])
+def test_a_switch_at_either_end_is_that_kl_exactly(kernel, threshold, kind):
+    case, other = problem(*five_rows(300), threshold=threshold), problem(*five_rows(300), kind)
+    for layout in (Layout(block=128), Layout(block=128, cuts=(100,))):
+        assert all(map(torch.equal, kernel(case, layout), kernel(other, layout)))
+
+
+@pytest.mark.parametrize("cuts", CUTS[:2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shards_switch_by_the_entropy_of_the_whole(kernel, dtype, cuts):
+    check(kernel, switching(*random_rows(dtype)), Layout(block=32, cuts=cuts))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # vocabularies in shards
 
 
@@ -444,6 +481,12 @@ def test_a_divergence_of_the_users_own_is_left_to_torch(monkeypatch, kind):
     assert torch.equal(results, expected) and torch.equal(gradient, student)
 
 
+def test_the_switch_is_compiled():
+    from verl.on_policy_distillation import divergence_triton
+
+    assert implementation(SimpleNamespace(is_cuda=True), DivergenceSpec(entropy_threshold=1.0)) is divergence_triton
+
+
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
 def test_torch_is_used_without_a_device(kind, beta):
     assert implementation(torch.zeros(1), DivergenceSpec(kind, beta)) is divergence
@@ -526,6 +569,16 @@ def test_the_verbs_compile_for_hopper(compiled, kind, launches, dtype):
             assert "f32" not in kernel.asm["ttir"]
         else:
             assert "ld.global.v4" in kernel.asm["ptx"] and "xf64" not in kernel.asm["ttir"]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_the_switch_compiles_for_hopper(compiled, dtypes):
+    case = problem(*(torch.zeros(2, 48, dtype=dtypes[0]) for _ in range(2)), threshold=0.5)
+    call(case, Layout(dtypes[1]), "cpu")
+    call(case, Layout(cuts=()), "cpu")  # two verbs: it has no sums of its own
+    assert len(compiled) == 3 and all(kernel.asm["cubin"] for kernel in compiled)
+    if dtypes[0] == dtypes[1] == torch.float64:
+        assert not any("f32" in kernel.asm["ttir"] for kernel in compiled)
 
 
 # Sizes and strides of one, of no and of another alignment are compiled apart.

@@ -179,6 +179,21 @@ CASES |= {
     "hybrid_half_rl": (HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_rl=0.5", *WITH_ENTROPY_AND_KL),
     "vanilla_entropy_and_kl": (f"{LOSS}.loss_mode=vanilla", f"{MICRO}=4", *WITH_ENTROPY_AND_KL),
 }
+# Half of each sequence's tokens, a clamp, and a switch between the KLs.
+CHOICE = {"fraction": 0.5, "clamp": 7.0, "threshold": 2.7}
+CHOSEN = (
+    f"{LOSS}.distillation_token_selection=top_entropy",
+    f"{LOSS}.distillation_keep_fraction={CHOICE['fraction']}",
+    f"{LOSS}.distillation_loss_max_clamp={CHOICE['clamp']}",
+    f"{LOSS}.distillation_entropy_threshold={CHOICE['threshold']}",
+)
+WEIGHTED = (HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_rl=0.7", f"{LOSS}.hybrid_lambda_distill=0.3")
+CASES |= {
+    "chosen": (PURE, f"{MICRO}=4", *CHOSEN),
+    "chosen_micro_batch_1": (PURE, f"{MICRO}=1", *CHOSEN),
+    "chosen_hybrid": (*WEIGHTED, *CHOSEN),
+    "dense_chosen_hybrid": (*WEIGHTED, *CHOSEN, DENSE),
+}
 BF16 = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"  # VERL's default
 LORA = ("actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora_alpha=8")
 
@@ -277,7 +292,7 @@ def one_rank(checkpoints, batch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_ranks(checkpoints, batch, tmp_path_factory):
-    names = ("reverse_kl", "dynamic", "forward_kl_seq_mean", "hybrid")
+    names = ("reverse_kl", "dynamic", "forward_kl_seq_mean", "hybrid", "chosen", "chosen_hybrid")
     cases = with_models({name: CASES[name] for name in names}, checkpoints["student"], checkpoints["teacher"])
     return run_workers(tmp_path_factory.mktemp("two_ranks"), "two", cases, batch, world_size=2)
 
@@ -309,7 +324,26 @@ def divergence(student, teacher, kind, beta, temperature):
     return beta * kl(t, m) + (1 - beta) * kl(s, m)
 
 
-def direct(student_path, teacher_path, batch, kind="reverse_kl", beta=1.0, temperature=1.0, reduce="token-mean"):
+def entropy(logits):
+    log_p = torch.log_softmax(logits, -1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def chosen(student, teacher, mask, fraction, clamp, threshold):
+    """What the tokens of a sequence contribute, (tokens,) float64; zero where the mask is."""
+    reverse, forward = (divergence(student, teacher, kind, None, 1.0) for kind in ("reverse_kl", "forward_kl"))
+    values = torch.where(entropy(teacher) > threshold, forward, reverse)
+    supervised = [t for t in range(len(mask)) if mask[t]]
+    count = -(-int(2 * fraction * len(supervised)) // 2)  # of whole or half numbers, rounded up
+    kept = sorted(supervised, key=lambda t: -entropy(student)[t].item())[:count]
+    factor = torch.zeros(len(mask), dtype=torch.float64)
+    factor[kept] = len(supervised) / count
+    return factor * torch.where(values > clamp, clamp, values)
+
+
+def direct(
+    student_path, teacher_path, batch, kind="reverse_kl", beta=1.0, temperature=1.0, reduce="token-mean", choice=None
+):
     """Loss and gradients by name, float64."""
     student = AutoModelForCausalLM.from_pretrained(student_path, attn_implementation="eager").double().eval()
     teacher = AutoModelForCausalLM.from_pretrained(teacher_path, attn_implementation="eager").double().eval()
@@ -318,7 +352,9 @@ def direct(student_path, teacher_path, batch, kind="reverse_kl", beta=1.0, tempe
         with torch.no_grad():
             target = response_logits(teacher, row)
         mask = torch.tensor(row["mask"], dtype=torch.float64)
-        sums.append((divergence(response_logits(student, row), target, kind, beta, temperature) * mask).sum())
+        logits = response_logits(student, row)
+        values = divergence(logits, target, kind, beta, temperature) * mask
+        sums.append((values if choice is None else chosen(logits, target, mask, **choice)).sum())
         counts.append(mask.sum())
     if reduce == "token-mean":
         loss = sum(sums) / sum(counts)
@@ -343,6 +379,7 @@ REFERENCES = {
     "gkd_tempered": {"kind": "gkd", "beta": 0.3, "temperature": 1.7},
     "forward_kl_seq_mean": {"kind": "forward_kl", "reduce": "seq-mean-token-mean"},
     "logits_payload": {},
+    "chosen": {"choice": CHOICE},
 }
 
 
@@ -382,7 +419,7 @@ def test_the_payload_holds_the_tokens_of_the_loss_only(one_rank, checkpoints, ba
         assert one_rank[case]["payload"] == (torch.float32, width, num_bytes, num_bytes)
 
 
-@pytest.mark.parametrize("case", ["reverse_kl", "gkd_tempered", "hybrid_entropy", "packed"])
+@pytest.mark.parametrize("case", ["reverse_kl", "gkd_tempered", "hybrid_entropy", "packed", "chosen"])
 def test_a_forward_without_a_backward_gives_the_same_loss_and_its_columns(case, one_rank):
     forward = one_rank[case]["forward_only"]
     assert forward["loss"] == pytest.approx(one_rank[case]["loss"], rel=1e-6)
@@ -395,7 +432,38 @@ def test_gradients_do_not_depend_on_how_the_batch_is_split(case, one_rank):
     assert_same_gradients(one_rank[case]["gradients"], one_rank["reverse_kl"]["gradients"], tolerance=1e-6)
 
 
-@pytest.mark.parametrize("case", ["reverse_kl", "dynamic", "forward_kl_seq_mean", "hybrid"])
+def test_chosen_tokens_do_not_depend_on_how_the_batch_is_split(one_rank):
+    split, whole = one_rank["chosen_micro_batch_1"], one_rank["chosen"]
+    assert split["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert_same_gradients(split["gradients"], whole["gradients"], tolerance=1e-6)
+    for name, value in whole["metrics"].items():
+        if name.startswith("distillation/"):
+            assert split["metrics"][name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_metrics_of_chosen_tokens_are_shares_of_the_global_batch(one_rank, two_ranks, batch):
+    counts = [sum(row["mask"]) for row in batch]
+    for result in (one_rank["chosen_micro_batch_1"], one_rank["chosen_hybrid"], two_ranks["chosen"]):
+        kept = sum(-(-count // 2) for count in counts) / sum(counts)
+        assert result["metrics"]["distillation/kept_tokens"] == pytest.approx(kept)
+        assert 0.0 < result["metrics"]["distillation/clamped_tokens"] < kept
+        assert result["metrics"]["distillation/kl"] == pytest.approx(
+            one_rank["reverse_kl"]["metrics"]["distillation/kl"]
+        )
+
+
+def test_hybrid_adds_the_loss_of_the_chosen_tokens(one_rank):
+    parts, hybrid = {"vanilla": 0.7, "chosen": 0.3}, one_rank["chosen_hybrid"]
+    loss = sum(weight * one_rank[name]["loss"] for name, weight in parts.items())
+    assert hybrid["loss"] == pytest.approx(loss, rel=1e-5)
+    expected = {
+        parameter: sum(weight * one_rank[name]["gradients"][parameter] for name, weight in parts.items())
+        for parameter in hybrid["gradients"]
+    }
+    assert_same_gradients(hybrid["gradients"], expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("case", ["reverse_kl", "dynamic", "forward_kl_seq_mean", "hybrid", "chosen", "chosen_hybrid"])
 def test_two_ranks_equal_one(case, one_rank, two_ranks):
     reference = one_rank["reverse_kl" if case == "dynamic" else case]
     assert two_ranks[case]["loss"] == pytest.approx(reference["loss"], rel=1e-5)
@@ -436,6 +504,7 @@ def test_an_adapted_student_has_gradients_at_its_adapters_only(one_rank):
         ("reverse_kl", "dense"),
         ("hybrid", "dense_hybrid"),
         ("hybrid_packed", "dense_hybrid"),
+        ("chosen_hybrid", "dense_chosen_hybrid"),
         ("hybrid_entropy", "dense_hybrid_entropy"),
         ("padded_teacher", "dense_padded_teacher"),
         ("padded_teacher_hybrid", "dense_padded_teacher_hybrid"),

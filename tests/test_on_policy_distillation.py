@@ -760,6 +760,50 @@ BAD_SETTINGS = [
         {"distillation_type": "reverse_kl", "distillation_beta": 0.5},
         ["distillation_type=reverse_kl", "distillation_beta=0.5", "contradict", "gkd"],
     ),
+    ({"distillation_entropy_threshold": -0.1}, ["distillation_entropy_threshold=-0.1", "negative", "forward_kl"]),
+    ({"distillation_entropy_threshold": math.inf}, ["distillation_entropy_threshold=inf", "finite"]),
+    ({"distillation_entropy_threshold": True}, ["distillation_entropy_threshold=True", "float"]),
+    (
+        {"distillation_entropy_threshold": 0.8, "distillation_type": "gkd"},
+        ["distillation_type=gkd", "distillation_entropy_threshold=0.8", "contradict", "Leave one of them out"],
+    ),
+    (
+        {"distillation_entropy_threshold": 0.8, "distillation_type": "forward_kl"},
+        ["distillation_type=forward_kl", "distillation_entropy_threshold=0.8", "contradict"],
+    ),
+    (
+        {"distillation_entropy_threshold": 0.8, "distillation_beta": 1.0},
+        ["distillation_beta=1.0", "distillation_entropy_threshold=0.8", "contradict"],
+    ),
+    (
+        {"distillation_token_selection": "top", "distillation_keep_fraction": 0.5},
+        ["distillation_token_selection", "'top'", "top_entropy", "top_divergence", "prefix"],
+    ),
+    ({"distillation_token_selection": ["prefix"]}, ["distillation_token_selection", "['prefix']", "top_entropy"]),
+    (
+        {"distillation_token_selection": "prefix", "distillation_keep_fraction": 0.0},
+        ["distillation_keep_fraction=0.0", "(0, 1]"],
+    ),
+    (
+        {"distillation_token_selection": "prefix", "distillation_keep_fraction": 1.1},
+        ["distillation_keep_fraction=1.1", "(0, 1]"],
+    ),
+    (
+        {"distillation_token_selection": "prefix", "distillation_keep_fraction": "half"},
+        ["distillation_keep_fraction='half'", "finite"],
+    ),
+    (
+        {"distillation_token_selection": "prefix"},
+        ["distillation_token_selection=prefix", "distillation_keep_fraction=None", "set both"],
+    ),
+    (
+        {"distillation_keep_fraction": 0.5},
+        ["distillation_token_selection=all", "distillation_keep_fraction=0.5", "set both", "top_entropy"],
+    ),
+    ({"distillation_loss_max_clamp": 0.0}, ["distillation_loss_max_clamp=0.0", "not positive", "10.0", "null"]),
+    ({"distillation_loss_max_clamp": -2.0}, ["distillation_loss_max_clamp=-2.0", "not positive"]),
+    ({"distillation_loss_max_clamp": math.nan}, ["distillation_loss_max_clamp=nan", "finite"]),
+    ({"distillation_keep_ratio": 0.5}, ["distillation_keep_ratio", "did you mean distillation_keep_fraction"]),
     ({"distillation_beta": []}, ["distillation_beta", "[]", "float"]),
     ({"distillation_temperature": 10**400}, ["distillation_temperature", "finite"]),
     ({"disitllation_type": "gkd"}, ["disitllation_type", "'gkd'", "did you mean distillation_type"]),

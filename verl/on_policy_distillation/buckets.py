@@ -79,7 +79,7 @@ class TopKTail:
             raise ValueError(f"a top-k of {self.vocab} entries cannot be cut to {vocab}: take it of those entries.")
         return self
 
-    def tokens(self, tokens: slice) -> "TopKTail":
+    def tokens(self, tokens: torch.Tensor | slice) -> "TopKTail":
         """Of these tokens."""
         return replace(self, ids=self.ids[tokens], log_prob=self.log_prob[tokens])
 

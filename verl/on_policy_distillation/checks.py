@@ -18,6 +18,7 @@ Every error names the key, its value and the fix.
 
 import difflib
 import logging
+import math
 import os
 import re
 from typing import Any, Optional
@@ -59,8 +60,8 @@ def loss_mode(config: DictConfig) -> str:
 def prepare(config: DictConfig) -> None:
     """Check the trainer's configuration and settle, in place, what the loss decides; nothing for other losses.
 
-    The divergence that type and beta choose is written out. The pure loss has no critic, no critic warm-up and no
-    reference policy, and needs no reward.
+    The divergence that type and beta choose is written out, where it is one for all tokens. The pure loss has no
+    critic, no critic warm-up and no reference policy, and needs no reward.
 
     Raises:
         ValueError: naming the key, the value and the fix.
@@ -70,8 +71,9 @@ def prepare(config: DictConfig) -> None:
         return
     policy_loss = config.actor_rollout_ref.actor.policy_loss
     divergence = DistillationLossConfig.from_config(config.actor_rollout_ref.actor).divergence
-    with open_dict(policy_loss):
-        policy_loss.distillation_type, policy_loss.distillation_beta = divergence.distillation_type, divergence.beta
+    if divergence.entropy_threshold is None:
+        with open_dict(policy_loss):
+            policy_loss.distillation_type, policy_loss.distillation_beta = divergence.distillation_type, divergence.beta
     if loss_mode(config) != PURE:
         return
     if config.trainer.critic_warmup > 0:
@@ -336,6 +338,7 @@ def _check_checkpoints(config: DictConfig, key: str) -> None:
     vocab = min(model.get_text_config().vocab_size for model in (student, teacher))
     if config.teacher.payload == "topk" and config.teacher.topk > vocab:
         raise ValueError(f"teacher.topk={config.teacher.topk} is more than the {vocab} entries there are: lower it.")
+    _check_entropy_threshold(config, config.teacher.topk + 1 if config.teacher.payload == "topk" else vocab)
     for name, local in (("actor_rollout_ref.model.path", student_path), (f"{key}.path", path)):
         if os.path.isdir(_local_path(local)):
             require_readable(name, _local_path(local))
@@ -408,6 +411,16 @@ def _longest_context(text_config: Any) -> Optional[int]:
     if positions is None or not factor:
         return positions
     return max(positions, int(factor * (rope.get("original_max_position_embeddings") or positions)))
+
+
+def _check_entropy_threshold(config: DictConfig, outcomes: int) -> None:
+    """No distribution over so many outcomes has more entropy than their logarithm."""
+    threshold = DistillationLossConfig.from_config(config.actor_rollout_ref.actor).distillation_entropy_threshold
+    if threshold is not None and threshold >= math.log(outcomes):
+        raise ValueError(
+            f"{_POLICY_LOSS}.distillation_entropy_threshold={threshold} is never exceeded: {outcomes} outcomes have an "
+            f"entropy of {math.log(outcomes):.2f} nats at most. Lower it, or leave it out for reverse KL everywhere."
+        )
 
 
 def _check_teacher_settings(config: DictConfig) -> None:

@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.base_config import BaseConfig
 from verl.on_policy_distillation.divergence import DIVERGENCES, DivergenceSpec
 from verl.on_policy_distillation.routing import TEACHER_KEYS
+from verl.on_policy_distillation.token_choice import TOKEN_SELECTIONS, TokenChoice
 from verl.workers.config import ActorConfig, FSDPEngineConfig, HFModelConfig, PolicyLossConfig
 
 __all__ = [
@@ -86,6 +87,14 @@ class DistillationLossConfig(BaseConfig):
             [0, 1]. Without a type it chooses the divergence: 1 reverse KL, 0 forward KL, between "gkd". None: 1.0 for
             the mixtures, which is reverse KL.
         distillation_temperature (float): softmax temperature of both sides, positive and finite.
+        distillation_entropy_threshold (Optional[float]): nats, not negative. Forward KL where the teacher's entropy at
+            the distillation temperature is above it, reverse KL elsewhere. None: one divergence for all tokens.
+        distillation_token_selection (str): "all", "top_entropy", "top_divergence" or "prefix": which tokens of each
+            sequence train (see verl/on_policy_distillation/token_choice.py).
+        distillation_keep_fraction (Optional[float]): the share of each sequence's tokens that a selection keeps, in
+            (0, 1], rounded up. None with "all".
+        distillation_loss_max_clamp (Optional[float]): nats, positive. A token whose divergence is above it contributes
+            this and has no gradient. None: no clamp.
         hybrid_lambda_rl (float): weight of the policy-gradient term in the hybrid loss, not negative.
         hybrid_lambda_distill (float): weight of the divergence in the hybrid loss, not negative.
         hybrid_rl_loss_mode (str): the registered policy loss that is the RL term of the hybrid loss.
@@ -94,6 +103,10 @@ class DistillationLossConfig(BaseConfig):
     distillation_type: Optional[str] = None
     distillation_beta: Optional[float] = None
     distillation_temperature: float = 1.0
+    distillation_entropy_threshold: Optional[float] = None
+    distillation_token_selection: str = "all"
+    distillation_keep_fraction: Optional[float] = None
+    distillation_loss_max_clamp: Optional[float] = None
     hybrid_lambda_rl: float = 1.0
     hybrid_lambda_distill: float = 1.0
     hybrid_rl_loss_mode: str = "vanilla"
@@ -107,6 +120,8 @@ class DistillationLossConfig(BaseConfig):
                 f"distillation_temperature={self.distillation_temperature} is not positive: "
                 "1.0 compares the distributions as they are."
             )
+        _check_entropy_threshold(self)
+        _check_token_choice(self)
         for name in ("hybrid_lambda_rl", "hybrid_lambda_distill"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative: weights are 0 or more.")
@@ -143,6 +158,9 @@ class DistillationLossConfig(BaseConfig):
     @property
     def divergence(self) -> DivergenceSpec:
         """Which divergence, with the documented meaning of a type or a beta that is not given."""
+        if (threshold := self.distillation_entropy_threshold) is not None:
+            temperature = float(self.distillation_temperature)
+            return DivergenceSpec(temperature=temperature, entropy_threshold=float(threshold))
         kind, beta = self.distillation_type, self.distillation_beta
         if kind is None:
             kind = "reverse_kl" if beta is None else _TYPE_OF_BETA.get(float(beta), "gkd")
@@ -151,6 +169,16 @@ class DistillationLossConfig(BaseConfig):
             if kind in _MIXTURES:
                 _warn_of_default_beta(kind)
         return DivergenceSpec(kind, float(beta), float(self.distillation_temperature))
+
+    @property
+    def token_choice(self) -> TokenChoice:
+        """Which tokens train, and the clamp."""
+        fraction, clamp = self.distillation_keep_fraction, self.distillation_loss_max_clamp
+        return TokenChoice(
+            self.distillation_token_selection,
+            1.0 if fraction is None else float(fraction),
+            None if clamp is None else float(clamp),
+        )
 
 
 @dataclass
@@ -278,6 +306,50 @@ def _check_type_and_beta(kind: Any, beta: Any) -> None:
             f"distillation_type={kind} and distillation_beta={beta} contradict each other: {kind} is beta "
             f"{_BETA_OF_TYPE[kind]}. Leave one of them out, or set distillation_type=gkd to mix."
         )
+
+
+def _check_entropy_threshold(config: DistillationLossConfig) -> None:
+    threshold = config.distillation_entropy_threshold
+    if threshold is None:
+        return
+    _require_finite_number("distillation_entropy_threshold", threshold)
+    if threshold < 0.0:
+        raise ValueError(
+            f"distillation_entropy_threshold={threshold} is negative, and an entropy is 0 or more: set it in nats, or "
+            "set distillation_type=forward_kl alone, which is forward KL everywhere."
+        )
+    for name, agrees in (("distillation_type", (None, "reverse_kl")), ("distillation_beta", (None,))):
+        if (value := getattr(config, name)) not in agrees:
+            raise ValueError(
+                f"{name}={value} and distillation_entropy_threshold={threshold} contradict each other: the threshold "
+                "switches between reverse_kl and forward_kl, token by token. Leave one of them out."
+            )
+
+
+def _check_token_choice(config: DistillationLossConfig) -> None:
+    selection, fraction = config.distillation_token_selection, config.distillation_keep_fraction
+    if selection not in TOKEN_SELECTIONS:
+        raise ValueError(
+            f"distillation_token_selection={selection!r} is not a selection: choose one of {list(TOKEN_SELECTIONS)}."
+        )
+    if fraction is not None:
+        _require_finite_number("distillation_keep_fraction", fraction)
+        if not 0.0 < fraction <= 1.0:
+            raise ValueError(
+                f"distillation_keep_fraction={fraction} is outside (0, 1]: 0.5 keeps half of each sequence's tokens."
+            )
+    if (selection == "all") != (fraction is None):
+        raise ValueError(
+            f"distillation_token_selection={selection} with distillation_keep_fraction={fraction}: set both, or leave "
+            f"both out. The selections are {list(TOKEN_SELECTIONS[1:])}."
+        )
+    if (clamp := config.distillation_loss_max_clamp) is not None:
+        _require_finite_number("distillation_loss_max_clamp", clamp)
+        if clamp <= 0.0:
+            raise ValueError(
+                f"distillation_loss_max_clamp={clamp} is not positive and leaves no token a gradient: set it in nats, "
+                "such as 10.0, or to null for no clamp."
+            )
 
 
 @cache  # once a process

@@ -39,6 +39,12 @@ them its limits, beta = 0 here *is* forward KL and beta = 1 *is* reverse KL. `sk
 term of it, the skew KL of Ko et al., "DistiLLM", arXiv:2402.03898, eq. (3), with alpha = 1 - beta: exactly reverse
 KL at beta = 1, exactly zero at beta = 0.
 
+The entropy switch. With `DivergenceSpec.entropy_threshold` each token has a divergence of its own: forward KL where the
+teacher's entropy H(T) = -sum_v T log T is above the threshold, reverse KL elsewhere. Value and gradient are those of
+the table, token by token; H(T) is a constant, so the switch itself has none. The gate is that of Jin et al.,
+"Entropy-Aware On-Policy Distillation of Language Models", arXiv:2603.07079. Their loss adds a forward KL to the reverse
+KL above the threshold; here it takes its place.
+
 Zero probabilities. A logit of -inf is a probability of exactly zero. 0 log 0 = 0, so an entry that both sides mask
 costs nothing. Where one side has mass and the other has none the KL is +inf by definition; to keep the loss and the
 gradient finite, log 0 is then taken as `LOG_ZERO`, the logarithm of the smallest positive float32. Finite logits,
@@ -72,6 +78,7 @@ __all__ = [
     "DenseLogits",
     "Divergence",
     "DivergenceSpec",
+    "ENTROPY_SWITCH",
     "Entries",
     "LogitSource",
     "Normalized",
@@ -84,6 +91,7 @@ __all__ = [
     "divergence_rows_",
     "far",
     "finalize",
+    "function_of",
     "gradient",
     "log_zero_",
     "merge",
@@ -125,6 +133,9 @@ class LogitSource(Protocol):
     def cut(self, vocab: int) -> "LogitSource":
         """The first `vocab` entries of the vocabulary, not copied."""
 
+    def tokens(self, tokens: torch.Tensor) -> "LogitSource":
+        """Of the tokens `tokens` (m,) int64, in that order."""
+
 
 @dataclass(frozen=True)
 class DenseLogits:
@@ -148,6 +159,9 @@ class DenseLogits:
 
     def cut(self, vocab: int) -> "DenseLogits":
         return DenseLogits(self.values[:, :vocab])
+
+    def tokens(self, tokens: torch.Tensor) -> "DenseLogits":
+        return DenseLogits(self.values[tokens])
 
 
 class TokenDivergence(NamedTuple):
@@ -209,9 +223,12 @@ class Divergence(NamedTuple):
 
     sums: its sums over the entries of the vocabulary, (k, rows), which add up over shards; None where the two KLs say
         it all. It may leave in the entries' memory what `slope` reads.
-    finalize: of these sums, D (rows,) and the number (rows,) that the slope subtracts.
-    slope: of the entries that `sums` has seen, that number and `factor`, both (rows, 1): writes
+    finalize: of these sums, D (rows,) and what the slope reads of a row: the number (rows,) that it subtracts, or
+        several, (k, rows).
+    slope: of the entries that `sums` has seen, these numbers, (rows, 1) or (k, rows, 1), and `factor` (rows, 1): writes
         factor * L * tau * dD/dz to its last argument (rows, V), which may be `spare`.
+
+    The float that each takes is `DivergenceSpec.parameter`.
     """
 
     sums: Optional[Callable[[Entries, float], torch.Tensor]]
@@ -272,6 +289,20 @@ def _skew_slope(d: Entries, mean, factor, beta: float, out: torch.Tensor) -> tor
     return torch.mul(d.spare.sub_(mean), d.e, out=out).mul_(factor)
 
 
+def _switch(d: Normalized, sums: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    is_forward = d.entropies[1] > threshold
+    value = torch.where(is_forward, d.forward_kl, d.reverse_kl)
+    return value, torch.stack((d.reverse_kl, is_forward.to(value.dtype)))
+
+
+def _switch_slope(d: Entries, numbers, factor, threshold: float, out: torch.Tensor) -> torch.Tensor:
+    mean, is_forward = numbers
+    forward = factor * is_forward
+    # The terms of the slope that is not the row's own are finite, and times zero.
+    _reverse_slope(d, mean, factor - forward, threshold, out)
+    return out.addcmul_(d.e, forward).addcmul_(d.f, -forward * (d.student_mass / d.teacher_mass))
+
+
 def _mean(weights: torch.Tensor, values: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vecdot(weights, values) / mass.squeeze(-1)
 
@@ -303,19 +334,48 @@ DIVERGENCES: dict[str, Divergence | WholeRows] = {
     "skew_reverse_kl": Divergence(_skew_sums, lambda d, sums, beta: (sums[0], sums[1]), _skew_slope),
 }
 
+# Not a type that a user names: what `DivergenceSpec.entropy_threshold` makes of reverse KL.
+ENTROPY_SWITCH = Divergence(None, _switch, _switch_slope)
+
 
 @dataclass(frozen=True)
 class DivergenceSpec:
-    """Which divergence: a key of `DIVERGENCES`, beta in [0, 1] (gkd, skew_reverse_kl), temperature tau > 0."""
+    """Which divergence: a key of `DIVERGENCES`, beta in [0, 1] (gkd, skew_reverse_kl), temperature tau > 0.
+
+    With an entropy_threshold (nats), reverse KL is forward KL where the teacher's entropy is above it.
+
+    Raises:
+        ValueError: an entropy_threshold with another type.
+    """
 
     distillation_type: str = "reverse_kl"
     beta: float = 1.0
     temperature: float = 1.0
+    entropy_threshold: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        if self.entropy_threshold is not None and self.distillation_type != "reverse_kl":
+            raise ValueError(
+                f"entropy_threshold={self.entropy_threshold} with distillation_type={self.distillation_type!r}: it "
+                "switches between reverse_kl and forward_kl; leave one of them out."
+            )
+
+    @property
+    def parameter(self) -> float:
+        """What the functions of `Divergence` take: beta, or the threshold."""
+        return self.beta if self.entropy_threshold is None else self.entropy_threshold
 
     def resolve(self) -> str:
-        """The key of the function to evaluate, with the documented ends of beta."""
+        """The key of the function to evaluate, with the documented ends of beta; or the switch, which is no key."""
+        if self.entropy_threshold is not None:
+            return "entropy_switch"
         ends = {("gkd", 0.0): "forward_kl", ("gkd", 1.0): "reverse_kl", ("skew_reverse_kl", 1.0): "reverse_kl"}
         return ends.get((self.distillation_type, float(self.beta)), self.distillation_type)
+
+
+def function_of(spec: DivergenceSpec) -> Divergence | WholeRows:
+    """What computes the divergence of `spec`."""
+    return DIVERGENCES[spec.resolve()] if spec.entropy_threshold is None else ENTROPY_SWITCH
 
 
 def chunks(num_tokens: int, vocab: int, elements: int) -> Iterator[slice]:
@@ -416,11 +476,11 @@ def _log_quotient(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def finalize(spec: DivergenceSpec, normalized: Normalized, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(fields of `TokenDivergence`, rows) in nats, and the number (rows,) that the slope subtracts.
+    """(fields of `TokenDivergence`, rows) in nats, and what the slope reads, (rows,) or (k, rows).
 
     `sums`: those of `mixture_sums` over the whole vocabulary.
     """
-    value, mean = _shardable(spec).finalize(normalized, sums, spec.beta)
+    value, mean = _shardable(spec).finalize(normalized, sums, spec.parameter)
     return _results(value, normalized), mean
 
 
@@ -454,7 +514,7 @@ def mixture_sums(
     with _exact(student):
         for block in cache_blocks(student):
             entries = _shard_entries(student[block], teacher[block], temperatures, normalized.rows(block), memory)
-            found.append(divergence.sums(entries, spec.beta))
+            found.append(divergence.sums(entries, spec.parameter))
     return torch.cat(found, -1)
 
 
@@ -478,9 +538,9 @@ def gradient(
         for block in cache_blocks(student):
             entries = _shard_entries(student[block], teacher[block], temperatures, normalized.rows(block), memory)
             if divergence.sums is not None:
-                divergence.sums(entries, spec.beta)  # for what it leaves in the entries
+                divergence.sums(entries, spec.parameter)  # for what it leaves in the entries
             slope = entries.spare if out.dtype != student.dtype else out[block]
-            divergence.slope(entries, mean[block].unsqueeze(-1), factors[block], spec.beta, slope)
+            divergence.slope(entries, mean[..., block].unsqueeze(-1), factors[block], spec.parameter, slope)
             if out.dtype != student.dtype:
                 out[block] = slope
     return out
@@ -524,16 +584,17 @@ def divergence_rows_(
 
 def _finished(shifted, spec, temperatures, normalized, is_masked, weights, slope) -> torch.Tensor:
     """Results of a block whose statistics are known; writes its gradient to `slope`."""
-    divergence = DIVERGENCES[spec.resolve()]
+    divergence = function_of(spec)
     if not isinstance(divergence, Divergence):
         rows = _whole_rows(shifted, normalized)
-        value = divergence(rows, spec.beta)
+        value = divergence(rows, spec.parameter)
         torch.mul(rows.s, (weights / temperatures.student).to(value.dtype).unsqueeze(-1), out=slope)
         return _results(value, normalized)
     entries = _entries(shifted, normalized, is_masked)
-    sums = shifted.x.new_empty(0) if divergence.sums is None else divergence.sums(entries, spec.beta)
-    value, mean = divergence.finalize(normalized, sums, spec.beta)
-    divergence.slope(entries, mean.unsqueeze(-1), _factors(weights, temperatures, normalized), spec.beta, slope)
+    sums = shifted.x.new_empty(0) if divergence.sums is None else divergence.sums(entries, spec.parameter)
+    value, mean = divergence.finalize(normalized, sums, spec.parameter)
+    factors = _factors(weights, temperatures, normalized)
+    divergence.slope(entries, mean.unsqueeze(-1), factors, spec.parameter, slope)
     return _results(value, normalized)
 
 
@@ -573,7 +634,7 @@ def far(dtype: torch.dtype) -> float:
 
 
 def _shardable(spec: DivergenceSpec) -> Divergence:
-    divergence = DIVERGENCES[spec.resolve()]
+    divergence = function_of(spec)
     if not isinstance(divergence, Divergence):
         raise ValueError(
             f"distillation_type={spec.distillation_type!r} is a plain function in DIVERGENCES, which needs the whole "

@@ -36,24 +36,27 @@ import triton.language as tl
 from verl.on_policy_distillation import divergence
 from verl.on_policy_distillation.divergence import (
     DIVERGENCES,
+    ENTROPY_SWITCH,
     LOG_ZERO,
     DivergenceSpec,
     Normalized,
     Statistics,
     Temperatures,
     TokenDivergence,
+    function_of,
 )
 
 __all__ = ["divergence_rows_", "gradient", "is_compiled", "mixture_sums", "statistics"]
 
 # What the kernels compute: these names, as long as nobody has given them another function.
 _COMPILED = {name: DIVERGENCES[name] for name in ("reverse_kl", "forward_kl", "gkd", "skew_reverse_kl")}
+_COMPILED["entropy_switch"] = ENTROPY_SWITCH
+_MIXTURES = ("gkd", "skew_reverse_kl")
 
 
 def is_compiled(spec: DivergenceSpec) -> bool:
     """Whether the kernels compute this divergence. One of the user's own is left to torch."""
-    kind = spec.resolve()
-    return kind in _COMPILED and _COMPILED[kind] is DIVERGENCES[kind]
+    return _COMPILED.get(spec.resolve()) is function_of(spec)
 
 
 # Float32 entries of a row in one step, and of those in one thread. With 2048 and 8, a program has 8 warps, and its
@@ -251,10 +254,11 @@ def _mixture_sums(
 
 
 @triton.jit
-def _finalize(reverse_kl, forward_kl, sums, beta, rest, KIND: tl.constexpr):
-    """The divergence, and the number that its slope subtracts; scalars."""
+def _finalize(reverse_kl, forward_kl, teacher_entropy, sums, beta, rest, KIND: tl.constexpr):
+    """The divergence, the number that its slope subtracts, and whether the switch takes forward KL; scalars."""
     value = reverse_kl
     mean = reverse_kl
+    is_forward = teacher_entropy > beta  # of the switch alone, whose threshold `beta` is
     if KIND == "forward_kl":
         value = forward_kl
     elif KIND == "gkd":
@@ -263,7 +267,9 @@ def _finalize(reverse_kl, forward_kl, sums, beta, rest, KIND: tl.constexpr):
     elif KIND == "skew_reverse_kl":
         value = sums[0]
         mean = sums[1]
-    return value, mean
+    elif KIND == "entropy_switch":
+        value = tl.where(is_forward, forward_kl, reverse_kl)
+    return value, mean, is_forward
 
 
 @triton.jit
@@ -285,6 +291,7 @@ def _write_gradient(
     vocab,
     normal,
     mean,
+    is_forward,
     beta,
     rest,
     KIND: tl.constexpr,
@@ -309,6 +316,8 @@ def _write_gradient(
             slope = s * (log_ratio - mean)
         elif KIND == "forward_kl":
             slope = s - t
+        elif KIND == "entropy_switch":
+            slope = tl.where(is_forward, s - t, s * (log_ratio - mean))
         elif KIND == "gkd":
             log_m_over_s, _, _ = _log_mixture_over(-log_ratio, beta, rest)
             slope = s * rest * (mean - log_m_over_s)
@@ -345,7 +354,8 @@ def _rows_kernel(
 ):
     """One program per row. student, teacher, gradient: (rows, vocab), with strides from row to row.
 
-    results: (6, rows); factors: (rows,), what multiplies the gradient; the rates: 1 / temperature; rest: 1 - beta.
+    results: (6, rows); factors: (rows,), what multiplies the gradient; the rates: 1 / temperature; beta:
+    `DivergenceSpec.parameter`, a threshold for the switch; rest: 1 - beta.
     """
     dtype: tl.constexpr = student.dtype.element_ty
     is_mixture: tl.constexpr = KIND == "gkd" or KIND == "skew_reverse_kl"
@@ -365,10 +375,23 @@ def _rows_kernel(
     sums = divergences  # not read without a mixture
     if is_mixture:
         sums = _mixture_sums(student, teacher, vocab, normal, beta, rest, KIND, FAR, BLOCK)
-    value, mean = _finalize(divergences[0], divergences[1], sums, beta, rest, KIND)
+    value, mean, is_forward = _finalize(divergences[0], divergences[1], entropies[1], sums, beta, rest, KIND)
     factor = tl.load(factors + row)
     best = _write_gradient(
-        student, teacher, gradient, factor, vocab, normal, mean, beta, rest, KIND, not is_mixture, FAR, BLOCK
+        student,
+        teacher,
+        gradient,
+        factor,
+        vocab,
+        normal,
+        mean,
+        is_forward,
+        beta,
+        rest,
+        KIND,
+        not is_mixture,
+        FAR,
+        BLOCK,
     )
     # A row of NaN has no maximum.
     is_agreed = tl.load(teacher + best, mask=best < vocab, other=-float("inf")) == normal[3]
@@ -483,7 +506,7 @@ def _gradient_kernel(
     FAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per row, as in `_mixture_kernel`. means, factors: (rows,), of the slope."""
+    """One program per row, as in `_mixture_kernel`. means (k, rows) as `finalize` gives them; factors (rows,)."""
     dtype: tl.constexpr = student.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
@@ -495,8 +518,13 @@ def _gradient_kernel(
     rest = _parameter(rest, dtype)
     normal = _load_normal(highest, masses, row, rows, student_rate, teacher_rate)
     mean = tl.load(means + row)
+    is_forward = mean > beta  # not read without a switch
+    if KIND == "entropy_switch":
+        is_forward = tl.load(means + rows + row) > 0
     factor = tl.load(factors + row)
-    _write_gradient(student, teacher, gradient, factor, vocab, normal, mean, beta, rest, KIND, False, FAR, BLOCK)
+    _write_gradient(
+        student, teacher, gradient, factor, vocab, normal, mean, is_forward, beta, rest, KIND, False, FAR, BLOCK
+    )
 
 
 def _block_and_warps(dtype: torch.dtype) -> tuple[int, int]:
@@ -552,7 +580,7 @@ def mixture_sums(
     """`divergence.mixture_sums`."""
     rows, vocab = student.shape
     kind = spec.resolve()
-    sums = student.new_empty((0 if kind in ("reverse_kl", "forward_kl") else 2, rows))
+    sums = student.new_empty((2 if kind in _MIXTURES else 0, rows))
     if sums.numel():
         with _on_device(student):
             _mixture_kernel[(rows,)](
@@ -566,8 +594,8 @@ def mixture_sums(
                 rows,
                 vocab,
                 *(1.0 / temperature for temperature in temperatures),
-                spec.beta,
-                1.0 - spec.beta,
+                spec.parameter,
+                1.0 - spec.parameter,
                 KIND=kind,
                 **_options(student),
             )
@@ -602,8 +630,8 @@ def gradient(
                 rows,
                 vocab,
                 *(1.0 / temperature for temperature in temperatures),
-                spec.beta,
-                1.0 - spec.beta,
+                spec.parameter,
+                1.0 - spec.parameter,
                 KIND=spec.resolve(),
                 **_options(student),
             )
@@ -635,8 +663,8 @@ def divergence_rows_(
                 rows,
                 vocab,
                 *(1.0 / temperature for temperature in temperatures),
-                spec.beta,
-                1.0 - spec.beta,
+                spec.parameter,
+                1.0 - spec.parameter,
                 KIND=spec.resolve(),
                 LOWEST=torch.finfo(student.dtype).min,
                 **_options(student),

@@ -147,6 +147,9 @@ class LinearLogits:
     def cut(self, vocab: int) -> "LinearLogits":
         return replace(self, weight=self.weight[:vocab], bias=None if self.bias is None else self.bias[:vocab])
 
+    def tokens(self, tokens: torch.Tensor) -> "LinearLogits":
+        return replace(self, hidden=self.hidden[tokens])
+
 
 def project(
     hidden: torch.Tensor,
@@ -342,7 +345,7 @@ class _Sorting:
     def of(cls, teacher: LogitSource) -> "_Sorting":
         if not isinstance(teacher, MixtureLogits) or (order := teacher.order()) is None:
             return cls(teacher, None)
-        return cls(teacher.ordered(order), order)
+        return cls(teacher.tokens(order), order)
 
     def head(self, head: LinearLogits) -> LinearLogits:
         return replace(head, hidden=self.sort(head.hidden))

@@ -34,8 +34,14 @@ from tensordict import TensorDict
 
 from verl.on_policy_distillation.config import HYBRID, PURE, RL_TERM, DistillationLossConfig
 from verl.on_policy_distillation.divergence import DivergenceSpec, LogitSource, TokenDivergence
-from verl.on_policy_distillation.head import LinearLogits, divergence_by_teacher, tokens_by_teacher
+from verl.on_policy_distillation.head import (
+    LinearLogits,
+    divergence_by_teacher,
+    divergence_of_head,
+    tokens_by_teacher,
+)
 from verl.on_policy_distillation.mixture import MixtureLogits
+from verl.on_policy_distillation.token_choice import EVERY_TOKEN, ChosenTokens, TokenChoice, choose
 from verl.on_policy_distillation.tokens import TokenPlan, padded_response_mask, plan_tokens, response_rows
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, register_policy_loss
 from verl.utils import tensordict_utils as tu
@@ -47,6 +53,7 @@ __all__ = [
     "HeadColumns",
     "actor_loss",
     "aggregate",
+    "contributions",
     "distillation_metrics",
     "global_batch_info",
     "head_columns",
@@ -59,6 +66,9 @@ __all__ = [
 HeadColumns = Callable[[LinearLogits, LogitSource], dict[str, torch.Tensor]]
 
 _KL_TO = "kl_to/"  # how the names of the columns begin that hold KL(S||T_k) of one of several teachers
+
+# The columns of chosen tokens: what each contributes to the loss, with its graph, and whether it is kept (1.0 or 0.0).
+_CONTRIBUTION, _KEPT = "contribution", "kept"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,6 +88,30 @@ def aggregate(
         return divergence.sum()
     grid = divergence.new_zeros(mask.shape).masked_scatter(mask, divergence)
     return agg_loss(loss_mat=grid, loss_mask=mask, loss_agg_mode=loss_agg_mode, **batch_info)
+
+
+def contributions(
+    tokens: TokenDivergence, counts: torch.Tensor, choice: TokenChoice
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """What each of n tokens contributes to the loss, (n,), and the metrics of the choice.
+
+    Args:
+        counts: (batch,) int64, how many of the n tokens each sequence has.
+    """
+    if choice == EVERY_TOKEN:
+        return tokens.divergence, {}
+    chosen = choose(choice, tokens, counts)
+    return chosen.contribution(tokens.divergence), _choice_metrics(choice, tokens, chosen.factor > 0.0)
+
+
+def _choice_metrics(choice: TokenChoice, tokens: TokenDivergence, is_kept: torch.Tensor) -> dict[str, float]:
+    """Shares of the response tokens: those that are kept, and those above the clamp, kept or not."""
+    shares = {}
+    if choice.selection != "all":
+        shares["distillation/kept_tokens"] = is_kept
+    if choice.max_clamp is not None:
+        shares["distillation/clamped_tokens"] = tokens.divergence > choice.max_clamp
+    return {name: int(tokens_in.sum()) / max(len(tokens_in), 1) for name, tokens_in in shares.items()}
 
 
 def token_weights(mask: torch.Tensor, loss_agg_mode: str, batch_info: dict[str, Any]) -> torch.Tensor:
@@ -161,20 +195,27 @@ def head_columns(config: ActorConfig, data: TensorDict, plan: TokenPlan) -> Head
 
 
 def _columns_of_pure(config: ActorConfig, data: TensorDict, plan: TokenPlan) -> HeadColumns:
-    """The token weights are known before the forward, so value and gradients take one pass."""
+    """The token weights are known before the forward, so value and gradients take one pass; of chosen tokens two."""
     weights = token_weights(padded_response_mask(data), config.loss_agg_mode, _batch_info(config, data))
-    return partial(_divergence_columns, spec=config.policy_loss.divergence, weights=weights)
+    spec, choice = config.policy_loss.divergence, config.policy_loss.token_choice
+    if choice == EVERY_TOKEN:
+        return partial(_divergence_columns, spec=spec, weights=weights)
+    return partial(_chosen_divergence_columns, spec=spec, weights=weights, choice=choice, counts=plan.counts)
 
 
 def _columns_of_hybrid(config: ActorConfig, data: TensorDict, plan: TokenPlan) -> HeadColumns:
     """The RL term uses the tokens in ways only it knows: log-probs, and gradients by a second projection."""
-    return partial(
+    columns = partial(
         _policy_columns,
         spec=config.policy_loss.divergence,
         labels=plan.label,
         temperature=float(data["temperature"]),
         with_entropy=tu.get_non_tensor_data(data=data, key="calculate_entropy", default=False),
     )
+    choice = config.policy_loss.token_choice
+    if choice == EVERY_TOKEN:
+        return columns
+    return partial(_chosen_policy_columns, columns=columns, choice=choice, counts=plan.counts)
 
 
 def _divergence_columns(
@@ -182,6 +223,44 @@ def _divergence_columns(
 ) -> dict[str, torch.Tensor]:
     tokens, by_teacher = divergence_by_teacher(student, teacher, spec, weights)
     return tokens._asdict() | _named(teacher, by_teacher)
+
+
+def _chosen_divergence_columns(
+    student: LinearLogits,
+    teacher: LogitSource,
+    spec: DivergenceSpec,
+    weights: torch.Tensor,
+    choice: TokenChoice,
+    counts: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """A first pass says which tokens learn; the second, over those alone, makes their gradients."""
+    with torch.no_grad():
+        columns = _divergence_columns(student, teacher, spec, weights)
+    tokens = _tokens(columns)
+    chosen = choose(choice, tokens, counts)
+    learning = chosen.is_learning.nonzero().squeeze(-1)
+    factor = chosen.factor[learning]
+    again = divergence_of_head(student.tokens(learning), teacher.tokens(learning), spec, weights[learning] * factor)
+    # Not clamped once more: a rounding above the clamp would take a gradient that is promised.
+    contribution = chosen.contribution(tokens.divergence).index_copy(0, learning, factor * again.divergence)
+    return columns | _choice_columns(chosen, contribution)
+
+
+def _chosen_policy_columns(
+    student: LinearLogits, teacher: LogitSource, columns: HeadColumns, choice: TokenChoice, counts: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    found = columns(student, teacher)
+    tokens = _tokens(found)
+    chosen = choose(choice, tokens, counts)
+    return found | _choice_columns(chosen, chosen.contribution(tokens.divergence))
+
+
+def _choice_columns(chosen: ChosenTokens, contribution: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {_CONTRIBUTION: contribution, _KEPT: (chosen.factor > 0.0).to(contribution.dtype)}
+
+
+def _tokens(columns: Mapping[str, torch.Tensor]) -> TokenDivergence:
+    return TokenDivergence(*(columns[name] for name in TokenDivergence._fields))
 
 
 def _policy_columns(
@@ -229,7 +308,7 @@ def _pure_loss(
     plan = plan_tokens(data)
     tokens = _collect(model_output, plan)
     require_distributions(tokens)
-    loss, metrics = _divergence_loss(config, tokens, data)
+    loss, metrics = _divergence_loss(config, tokens, model_output, plan, data)
     return loss, metrics | _teacher_metrics(model_output, plan, data)
 
 
@@ -247,7 +326,7 @@ def _hybrid_loss(
         require_distributions(tokens)
     log_probs = _with_old_log_probs(model_output["log_probs"], data, plan)
     loss, metrics = ppo_loss(rl_config, dict(model_output) | {"log_probs": log_probs}, data, dp_group)
-    divergence, distillation = _divergence_loss(config, tokens, data)
+    divergence, distillation = _divergence_loss(config, tokens, model_output, plan, data)
     metrics |= distillation | _teacher_metrics(model_output, plan, data)
     return (loss + weight * divergence if weight != 0.0 else loss), metrics
 
@@ -259,15 +338,23 @@ def _rl_term(config: ActorConfig, **arguments: Any) -> tuple[torch.Tensor, dict[
 
 
 def _divergence_loss(
-    config: ActorConfig, tokens: TokenDivergence, data: TensorDict
+    config: ActorConfig,
+    tokens: TokenDivergence,
+    model_output: Mapping[str, torch.Tensor],
+    plan: TokenPlan,
+    data: TensorDict,
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
-    loss = aggregate(tokens.divergence, padded_response_mask(data), config.loss_agg_mode, _batch_info(config, data))
+    choice, trained, of_choice = config.policy_loss.token_choice, tokens.divergence, {}
+    if choice != EVERY_TOKEN:
+        trained = plan.collect(model_output[_CONTRIBUTION])
+        of_choice = _choice_metrics(choice, tokens, plan.collect(model_output[_KEPT]) > 0.0)
+    loss = aggregate(trained, padded_response_mask(data), config.loss_agg_mode, _batch_info(config, data))
     # A sum over micro-batches and a mean over ranks of this share give the mean over the global batch's tokens.
     share = len(tokens.divergence) * data["dp_size"] / max(data["batch_num_tokens"], 1)
     metrics = {
         # `agg_loss` has already normalised the loss by the global batch.
         name: Metric(AggregationType.SUM, value if name == "distillation/loss" else value * share)
-        for name, value in distillation_metrics(tokens, loss).items()
+        for name, value in (distillation_metrics(tokens, loss) | of_choice).items()
     }
     return loss, metrics
 
@@ -288,7 +375,7 @@ def _teacher_metrics(model_output: Mapping[str, torch.Tensor], plan: TokenPlan, 
 
 
 def _collect(model_output: Mapping[str, torch.Tensor], plan: TokenPlan) -> TokenDivergence:
-    return TokenDivergence(*(plan.collect(model_output[name]) for name in TokenDivergence._fields))
+    return _tokens({name: plan.collect(model_output[name]) for name in TokenDivergence._fields})
 
 
 def _batch_info(config: ActorConfig, data: TensorDict) -> dict[str, Any]:

@@ -96,7 +96,8 @@ def compute_on_policy_distillation_loss(
 
     Args:
         old_log_prob, log_prob, advantages, rollout_is_weights: not used; may be None.
-        response_mask: (batch, tokens), bool, int or float; nonzero marks the tokens of the loss.
+        response_mask: (batch, tokens), bool, int or float; nonzero marks the tokens of the loss. Tokens are chosen
+            (``distillation_token_selection``) within each of its rows.
         loss_agg_mode: any mode of VERL's `agg_loss`.
         config: None, a flat mapping, a DictConfig or VERL's ActorConfig; see `DistillationLossConfig`.
         teacher_logits: (batch, tokens, vocab), float32, bfloat16 or float16, or an object with such ``.logits``;
@@ -117,8 +118,9 @@ def compute_on_policy_distillation_loss(
     teachers = _Teachers(teacher_logits, _teacher_weights(config))
     tokens, mask = _response_divergence(student_logits, teachers, response_mask, settings.divergence)
     losses.require_distributions(tokens)
-    loss = losses.aggregate(tokens.divergence, mask, loss_agg_mode, losses.global_batch_info(config))
-    return _output(loss, losses.distillation_metrics(tokens, loss))
+    trained, of_choice = losses.contributions(tokens, mask.sum(-1), settings.token_choice)
+    loss = losses.aggregate(trained, mask, loss_agg_mode, losses.global_batch_info(config))
+    return _output(loss, losses.distillation_metrics(tokens, loss) | of_choice)
 
 
 @register_policy_loss(HYBRID)
@@ -159,7 +161,8 @@ def compute_hybrid_rl_distillation_loss(
         _require_rl_input("rollout_is_weights", rollout_is_weights, response_mask)
     if settings.hybrid_lambda_distill != 0.0:
         losses.require_distributions(tokens)
-    distill_loss = losses.aggregate(tokens.divergence, mask, loss_agg_mode, losses.global_batch_info(config))
+    trained, of_choice = losses.contributions(tokens, mask.sum(-1), settings.token_choice)
+    distill_loss = losses.aggregate(trained, mask, loss_agg_mode, losses.global_batch_info(config))
     rl_loss, rl_metrics = losses.weighted_rl_loss(
         settings,
         old_log_prob=old_log_prob,
@@ -172,7 +175,7 @@ def compute_hybrid_rl_distillation_loss(
     )
     weight = settings.hybrid_lambda_distill
     loss = rl_loss + weight * distill_loss if weight != 0.0 else rl_loss
-    return _output(loss, losses.distillation_metrics(tokens, distill_loss) | rl_metrics)
+    return _output(loss, losses.distillation_metrics(tokens, distill_loss) | of_choice | rl_metrics)
 
 
 def _output(loss: torch.Tensor, metrics: dict[str, float]) -> DistillationLossOutput:
