@@ -165,6 +165,9 @@ class TeacherConfig(BaseConfig):
             mixture and the ``route`` that it serves; see verl/on_policy_distillation/routing.py.
         routing_key (Optional[str]): The field of the data set whose value names the route of a sample.
         weights_key (Optional[str]): The field of the data set that holds a sample's own weights of the teachers.
+        prompt_key (Optional[str]): The field of the data set that holds the teacher's own prompt, a string or chat
+            messages; see verl/on_policy_distillation/teacher_prompts.py. None: the student's prompt.
+        max_prompt_length (Optional[int]): Tokens of that prompt at most. None: ``data.max_prompt_length``.
         fsdp_config (FSDPEngineConfig): How the teacher is sharded. Always forward-only.
         payload (str): What is kept of the teacher for each response token: "hidden_states" (last hidden states, which
             the student's head projects with the teacher's output projection, a chunk at a time) or "logits" (the plain
@@ -182,6 +185,8 @@ class TeacherConfig(BaseConfig):
     models: dict[str, Any] = field(default_factory=dict)
     routing_key: Optional[str] = None
     weights_key: Optional[str] = None
+    prompt_key: Optional[str] = None
+    max_prompt_length: Optional[int] = None
     fsdp_config: FSDPEngineConfig = field(default_factory=FSDPEngineConfig)
     payload: str = "hidden_states"
     payload_dtype: str = "bfloat16"

@@ -19,6 +19,7 @@ never gets there: `score` leaves it in the worker, under the row ids that the ba
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -29,11 +30,12 @@ from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from verl.on_policy_distillation.checks import loss_mode, require_routes
+from verl.on_policy_distillation.checks import loss_mode, require_one_prompt, require_prompts, require_routes
 from verl.on_policy_distillation.config import PURE, is_distillation_loss
 from verl.on_policy_distillation.dump import DUMP_PATH
 from verl.on_policy_distillation.routing import Routes
 from verl.on_policy_distillation.storage_watch import StorageWatch
+from verl.on_policy_distillation.teacher_prompts import PromptSettings
 from verl.on_policy_distillation.worker import with_teachers
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, PPOTrainer
@@ -111,10 +113,13 @@ class _TrainerWithTeacher(PPOTrainer):
                 self.role_worker_mapping[role] = _remote(self.role_worker_mapping[role], with_teachers)
         with open_dict(self.config.actor_rollout_ref):
             self.config.actor_rollout_ref.teacher = self.config.teacher
+            prompts = PromptSettings.of(self.config)
+            self.config.actor_rollout_ref.teacher_prompts = prompts and asdict(prompts)
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
         require_routes(self.config.teacher, self.train_dataset)
+        require_prompts(self.config, self.train_dataset, self.tokenizer)
 
     def fit(self, agent_loop_manager: Any) -> None:
         with StorageWatch(self.config, lambda: getattr(self, "logger", None)):
@@ -143,11 +148,12 @@ class _TrainerWithTeacher(PPOTrainer):
         return batch
 
     def _score(self, batch: KVBatchMeta, metrics: dict) -> None:
+        columns = [*Routes.of(self.config.teacher).columns]
+        if prompt_key := self.config.teacher.prompt_key:
+            require_one_prompt(prompt_key, batch.keys)
+            columns.append(prompt_key)
         selected = KVBatchMeta(
-            keys=batch.keys,
-            tags=batch.tags,
-            partition_id=batch.partition_id,
-            fields=[*_TEACHER_FIELDS, *Routes.of(self.config.teacher).columns],
+            keys=batch.keys, tags=batch.tags, partition_id=batch.partition_id, fields=[*_TEACHER_FIELDS, *columns]
         )
         self.actor_rollout_wg.score(selected)
         if batch.fields is not None:  # a selection, which the update would otherwise keep to
