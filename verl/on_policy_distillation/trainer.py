@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
-from typing import Any
+from typing import Any, Optional
 
 import ray
 import torch
@@ -139,6 +139,7 @@ class _TrainerWithTeacher(PPOTrainer):
         if teacher.dump_freq > 0 and self.global_steps % teacher.dump_freq == 0:
             folder = os.path.expanduser(teacher.dump_dir)
             batch.extra_info[DUMP_PATH] = os.path.join(folder, f"step_{self.global_steps}")
+        self._measure_sampled_tokens(batch, metrics)
         batch = super()._update_actor(batch, metrics)
         for name in [name for name in metrics if name.startswith("actor/distillation/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
@@ -161,9 +162,26 @@ class _TrainerWithTeacher(PPOTrainer):
         kept = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["teacher_bytes"])
         metrics["distillation/teacher_payload_mb"] = kept["teacher_bytes"].sum().item() / _MEGABYTE
 
+    def _log_probs_field(self) -> Optional[str]:
+        """Of the log-probs of the sampled tokens, where there are any."""
+        return "old_log_probs"
+
+    def _measure_sampled_tokens(self, batch: KVBatchMeta, metrics: dict) -> None:
+        """How sure the student is of what it samples: it nears one where training collapses."""
+        if field := self._log_probs_field():
+            data = tq.kv_batch_get(
+                keys=batch.keys, partition_id=batch.partition_id, select_fields=[field, "response_mask"]
+            )
+            is_token = data["response_mask"].values() != 0
+            probability = data[field].values()[is_token].exp().sum() / max(int(is_token.sum()), 1)
+            metrics["distillation/sampled_token_probability"] = probability.item()
+
 
 class _PureTrainer(_TrainerWithTeacher):
     """The divergence alone: nothing of RL is computed between rollout and update."""
+
+    def _log_probs_field(self) -> Optional[str]:
+        return "rollout_log_probs" if self.config.actor_rollout_ref.rollout.calculate_log_probs else None
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         batch = super()._step_once(metrics, timing_raw, sample_batch_size)
