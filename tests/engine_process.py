@@ -20,6 +20,7 @@ the checkpoints, and the batch as lists of token ids.
 
 import os
 import sys
+from dataclasses import asdict
 
 import torch
 from dense_oracle import FLAGS, DenseOracle
@@ -32,6 +33,7 @@ from verl.on_policy_distillation import hydra_source
 from verl.on_policy_distillation.engine_fsdp import ENDS_IN_COLUMNS, TEACHER_ROW
 from verl.on_policy_distillation.head import LinearLogits
 from verl.on_policy_distillation.signal import HiddenStates, Logits
+from verl.on_policy_distillation.teacher_prompts import PromptSettings
 from verl.on_policy_distillation.worker import with_teachers
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
@@ -84,7 +86,7 @@ def local_batch(batch, rank, world_size):
         "advantages": nested([row["advantage"] for row in rows], torch.float32),
         "ref_log_prob": nested([row["ref_log_prob"] for row in rows], torch.float32),
     }
-    for name in ("data_source", "weights"):  # fields of a data set, as TransferQueue hands them on
+    for name in ("data_source", "weights", "text", "chat"):  # fields of a data set, as TransferQueue hands them on
         if name in rows[0]:
             fields[name] = NonTensorStack(*(NonTensorData(row[name]) for row in rows))
     return TensorDict(fields, batch_size=len(rows))
@@ -111,6 +113,8 @@ def make_actor(config, is_dense):
         return actor, DenseOracle(actor_config, config.teacher.model.path), calculate_entropy | FLAGS
     with open_dict(config.actor_rollout_ref):
         config.actor_rollout_ref.teacher = config.teacher
+        if prompts := PromptSettings.of(config):
+            config.actor_rollout_ref.teacher_prompts = asdict(prompts)
     actor = with_teachers(ActorRolloutRefWorker)(config=config.actor_rollout_ref, role="actor")
     actor.init_model()
     return actor, actor.actor.loss_fn, calculate_entropy | {ENDS_IN_COLUMNS: True}

@@ -18,6 +18,7 @@ forks, with edits of their own where training runs (fork.py).
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ import time
 import psutil
 import pytest
 import torch
-from arithmetic import compute_score, make_split, problems, tiny_model
+from arithmetic import compute_score, make_split, problems, tiny_model, verl_rows
 from conftest import ROOT, copy_unpatched_verl
 from datasets import Dataset
 from fork import make_fork
@@ -267,6 +268,40 @@ def test_a_run_whose_storage_dies_ends_with_the_cause_and_continues_where_it_was
     assert resumed[5]["distillation/kl"] == pytest.approx(first[5]["distillation/kl"], rel=2e-3)
     # Starting over from the base instead would be as far from the teacher as step 1 was.
     assert resumed[5]["distillation/kl"] < 0.9 * pure[1]["distillation/kl"]
+
+
+def test_a_teacher_with_a_prompt_of_its_own(files, tmp_path):
+    """Student and teacher are one model that stands still. The teacher has the student's prompt in the first step, so
+    they agree, and another prompt in the second."""
+    rows = verl_rows(problems()[0][: 2 * PROMPTS], "train")
+    for index, row in enumerate(rows):
+        other = [{"role": "system", "content": "Add. "}] if index >= PROMPTS else []
+        row["seen_by_the_teacher"] = [*other, *row["prompt"]]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "train.parquet"))
+    steps = run(
+        files,
+        tmp_path,
+        *PURE,
+        f"actor_rollout_ref.model.path={files}/teacher",
+        "teacher.prompt_key=seen_by_the_teacher",
+        "teacher.max_prompt_length=11",
+        "teacher.payload_dtype=float32",
+        "teacher.fsdp_config.model_dtype=fp32",
+        f"data.train_files={tmp_path}/train.parquet",
+        "data.shuffle=False",
+        "actor_rollout_ref.rollout.calculate_log_probs=True",
+        f"{ACTOR}.optim.lr=0",
+        "trainer.total_training_steps=2",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=-1",
+    )
+    assert abs(steps[1]["distillation/kl"]) < 1e-5
+    assert steps[2]["distillation/kl"] > 1e-2
+    for metrics in steps.values():
+        # By Jensen the mean probability of a sample is no less than exp(-entropy); 256 tokens are a few percent off.
+        bound = math.exp(-metrics["distillation/student_entropy"])
+        assert 0.9 * bound < metrics["distillation/sampled_token_probability"] < 0.9
 
 
 @pytest.fixture(scope="module")

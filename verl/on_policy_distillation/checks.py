@@ -40,6 +40,7 @@ from verl.on_policy_distillation.config import (
 )
 from verl.on_policy_distillation.output_projection import find_output_projection, require_readable
 from verl.on_policy_distillation.routing import TEACHER_KEYS, Routes
+from verl.on_policy_distillation.teacher_prompts import TRUNCATIONS, PromptSettings, TeacherPrompts
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.utils.fs import copy_to_local
 from verl.utils.torch_dtypes import PrecisionType
@@ -289,6 +290,111 @@ def require_routes(teacher: DictConfig, dataset: Any) -> None:
     routes.shares({column: table[column] for column in routes.columns}, len(table))
 
 
+def require_prompts(config: DictConfig, dataset: Any, tokenizer: Any) -> None:
+    """Find a teacher's prompt that can be used in every sample of the training data, before any model is loaded.
+
+    Args:
+        config: the trainer's configuration; without ``teacher.prompt_key`` there is nothing to find.
+        dataset: as in `require_routes`.
+        tokenizer: the student's.
+
+    Raises:
+        ValueError: naming the column, the first row whose prompt cannot be used, and why.
+    """
+    settings, table = PromptSettings.of(config), getattr(dataset, "dataframe", None)
+    if settings is None or table is None:
+        return
+    key = settings.key
+    if key not in table.column_names:
+        raise ValueError(
+            f"teacher.prompt_key={key} is no field of the training data, which has {table.column_names}: set it to one "
+            "of them."
+        )
+    for name in ("image_key", "video_key", "audio_key"):
+        column = config.data.get(name, None)
+        for row, parts in enumerate(table[column]) if column in table.column_names else ():
+            if parts:
+                raise ValueError(
+                    f"teacher.prompt_key={key} with data.{name}={column}, and row {row} of the data set has {column}: "
+                    "the teacher's prompt is text. Leave such rows, or teacher.prompt_key, out."
+                )
+    prompts = TeacherPrompts(settings, tokenizer)
+    for row, prompt in enumerate(table[key]):
+        try:
+            prompts.token_ids(prompt)
+        except ValueError as error:
+            raise ValueError(
+                f"row {row} of the data set has no prompt for the teacher in teacher.prompt_key={key}: {error}"
+            ) from None
+
+
+def require_one_prompt(prompt_key: str, keys: list[str]) -> None:
+    """An agent loop may cut a rollout into several samples, each with a prompt of its own.
+
+    Args:
+        keys: of the samples in TransferQueue; VERL's are <prompt>_<rollout>_<sample of the rollout>.
+
+    Raises:
+        ValueError: a rollout of more than one sample.
+    """
+    if later := [key for key in keys if re.search(r"_\d+_[1-9]\d*$", key)]:
+        raise ValueError(
+            f"teacher.prompt_key={prompt_key} gives a rollout one prompt, and the agent loop made several samples of "
+            f"one rollout ({later[0]}): leave teacher.prompt_key out, or use an agent loop with one sample a rollout."
+        )
+
+
+def _check_prompts(config: DictConfig) -> None:
+    """The settings of the teacher's own prompts."""
+    key, longest = config.teacher.prompt_key, config.teacher.max_prompt_length
+    if key is None:
+        if longest is not None:
+            raise ValueError(
+                f"teacher.max_prompt_length={longest} has no effect without teacher.prompt_key: the teacher sees the "
+                "student's prompt. Set teacher.prompt_key to a field of the data set, or leave it out."
+            )
+        return
+    if not isinstance(key, str) or not key:
+        raise ValueError(f"teacher.prompt_key={key!r}: set it to the name of a field of the data set.")
+    for other in ("routing_key", "weights_key"):
+        if config.teacher[other] == key:
+            raise ValueError(f"teacher.prompt_key={key} is teacher.{other} too: a prompt is a field of its own.")
+    if longest is not None and (not _is_whole(longest) or longest < 1):
+        raise ValueError(
+            f"teacher.max_prompt_length={longest!r}: set it to a whole number above 0, or to null, which is "
+            "data.max_prompt_length."
+        )
+    truncation = config.data.get("truncation", "error")
+    if truncation not in TRUNCATIONS:
+        raise ValueError(f"data.truncation={truncation} is none of {list(TRUNCATIONS)}: set it to one of them.")
+    if tools := config.data.get("tool_config_path", None):
+        logger.warning(
+            "data.tool_config_path=%s: the tools are in the student's prompt, and not in the teacher's of "
+            "teacher.prompt_key=%s. Describe them there if the teacher is to know them.",
+            tools,
+            key,
+        )
+    _check_prompts_fit(config)
+
+
+def _check_prompts_fit(config: DictConfig) -> None:
+    """VERL ends the run at the first sequence that is longer than a micro-batch."""
+    key, longest = _longest_prompt(config)
+    budget, response = config.teacher.max_token_len_per_gpu, config.data.max_response_length
+    if config.teacher.use_dynamic_bsz and budget < longest + response:
+        raise ValueError(
+            f"teacher.max_token_len_per_gpu={budget} is less than {key}={longest} plus data.max_response_length="
+            f"{response}: set it to {longest + response} or more."
+        )
+
+
+def _longest_prompt(config: DictConfig) -> tuple[str, int]:
+    """The key that bounds the teacher's prompts, and its value."""
+    if config.teacher.max_prompt_length is not None:
+        return "teacher.max_prompt_length", config.teacher.max_prompt_length
+    return "data.max_prompt_length", config.data.max_prompt_length
+
+
 def _check_teacher(config: DictConfig) -> None:
     _check_teacher_settings(config)
     Routes.of(config.teacher)
@@ -392,13 +498,14 @@ def _check_moving(teacher: DictConfig) -> None:
 
 def _check_context(config: DictConfig, key: str, teacher: Any) -> None:
     """A position that a model was not made for is computed without a word, or fails on the device."""
-    longest = config.data.max_prompt_length + config.data.max_response_length
+    prompt_key, longest_prompt = _longest_prompt(config)
+    longest = longest_prompt + config.data.max_response_length
     positions = _longest_context(teacher.get_text_config())
     if positions is not None and positions < longest:
         raise ValueError(
             f"{key}.path={config.teacher.model.path} has a context of {positions} tokens "
             "(max_position_embeddings, and the factor of rope_scaling), and "
-            f"data.max_prompt_length={config.data.max_prompt_length} plus data.max_response_length="
+            f"{prompt_key}={longest_prompt} plus data.max_response_length="
             f"{config.data.max_response_length} is {longest}: shorten them, or choose a teacher with a longer context."
         )
 
@@ -427,6 +534,7 @@ def _check_teacher_settings(config: DictConfig) -> None:
     """What can be judged without the checkpoints."""
     _check_teacher_keys(config.teacher)
     _check_teacher_numbers(config.teacher)
+    _check_prompts(config)
     _check_engine(config, "teacher.fsdp_config.strategy", "teacher.fsdp_config", "teacher.model")
     _refuse(config, "teacher.fsdp_config.forward_only", False, "the teacher is never trained; set it to True.")
     _check_teacher_batches(config)

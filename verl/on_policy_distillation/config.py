@@ -200,6 +200,9 @@ class TeacherConfig(BaseConfig):
             With neither this nor ``refresh_freq`` it is the initial student, or the base of its LoRA.
         refresh_freq (Optional[int]): After the updates of how many steps a teacher that is the student takes over its
             weights.
+        prompt_key (Optional[str]): The field of the data set that holds the teacher's own prompt, a string or chat
+            messages; see verl/on_policy_distillation/teacher_prompts.py. None: the student's prompt.
+        max_prompt_length (Optional[int]): Tokens of that prompt at most. None: ``data.max_prompt_length``.
         fsdp_config (FSDPEngineConfig): How the teacher is sharded. Always forward-only.
         payload (str): What is kept of the teacher for each response token: "hidden_states" (last hidden states, which
             the student's head projects with the teacher's output projection, a chunk at a time) or "logits" (the plain
@@ -219,6 +222,8 @@ class TeacherConfig(BaseConfig):
     weights_key: Optional[str] = None
     ema: Optional[float] = None
     refresh_freq: Optional[int] = None
+    prompt_key: Optional[str] = None
+    max_prompt_length: Optional[int] = None
     fsdp_config: FSDPEngineConfig = field(default_factory=FSDPEngineConfig)
     payload: str = "hidden_states"
     payload_dtype: str = "bfloat16"

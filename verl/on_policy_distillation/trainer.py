@@ -19,8 +19,9 @@ never gets there: `score` leaves it in the worker, under the row ids that the ba
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
-from typing import Any
+from typing import Any, Optional
 
 import ray
 import torch
@@ -29,11 +30,12 @@ from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from verl.on_policy_distillation.checks import loss_mode, require_routes
+from verl.on_policy_distillation.checks import loss_mode, require_one_prompt, require_prompts, require_routes
 from verl.on_policy_distillation.config import PURE, is_distillation_loss
 from verl.on_policy_distillation.dump import DUMP_PATH
 from verl.on_policy_distillation.routing import Routes
 from verl.on_policy_distillation.storage_watch import StorageWatch
+from verl.on_policy_distillation.teacher_prompts import PromptSettings
 from verl.on_policy_distillation.worker import with_teachers
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, PPOTrainer
@@ -111,10 +113,13 @@ class _TrainerWithTeacher(PPOTrainer):
                 self.role_worker_mapping[role] = _remote(self.role_worker_mapping[role], with_teachers)
         with open_dict(self.config.actor_rollout_ref):
             self.config.actor_rollout_ref.teacher = self.config.teacher
+            prompts = PromptSettings.of(self.config)
+            self.config.actor_rollout_ref.teacher_prompts = prompts and asdict(prompts)
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
         require_routes(self.config.teacher, self.train_dataset)
+        require_prompts(self.config, self.train_dataset, self.tokenizer)
 
     def fit(self, agent_loop_manager: Any) -> None:
         with StorageWatch(self.config, lambda: getattr(self, "logger", None)):
@@ -134,6 +139,7 @@ class _TrainerWithTeacher(PPOTrainer):
         if teacher.dump_freq > 0 and self.global_steps % teacher.dump_freq == 0:
             folder = os.path.expanduser(teacher.dump_dir)
             batch.extra_info[DUMP_PATH] = os.path.join(folder, f"step_{self.global_steps}")
+        self._measure_sampled_tokens(batch, metrics)
         batch = super()._update_actor(batch, metrics)
         for name in [name for name in metrics if name.startswith("actor/distillation/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
@@ -143,11 +149,12 @@ class _TrainerWithTeacher(PPOTrainer):
         return batch
 
     def _score(self, batch: KVBatchMeta, metrics: dict) -> None:
+        columns = [*Routes.of(self.config.teacher).columns]
+        if prompt_key := self.config.teacher.prompt_key:
+            require_one_prompt(prompt_key, batch.keys)
+            columns.append(prompt_key)
         selected = KVBatchMeta(
-            keys=batch.keys,
-            tags=batch.tags,
-            partition_id=batch.partition_id,
-            fields=[*_TEACHER_FIELDS, *Routes.of(self.config.teacher).columns],
+            keys=batch.keys, tags=batch.tags, partition_id=batch.partition_id, fields=[*_TEACHER_FIELDS, *columns]
         )
         self.actor_rollout_wg.score(selected)
         if batch.fields is not None:  # a selection, which the update would otherwise keep to
@@ -155,9 +162,26 @@ class _TrainerWithTeacher(PPOTrainer):
         kept = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["teacher_bytes"])
         metrics["distillation/teacher_payload_mb"] = kept["teacher_bytes"].sum().item() / _MEGABYTE
 
+    def _log_probs_field(self) -> Optional[str]:
+        """Of the log-probs of the sampled tokens, where there are any."""
+        return "old_log_probs"
+
+    def _measure_sampled_tokens(self, batch: KVBatchMeta, metrics: dict) -> None:
+        """How sure the student is of what it samples: it nears one where training collapses."""
+        if field := self._log_probs_field():
+            data = tq.kv_batch_get(
+                keys=batch.keys, partition_id=batch.partition_id, select_fields=[field, "response_mask"]
+            )
+            is_token = data["response_mask"].values() != 0
+            probability = data[field].values()[is_token].exp().sum() / max(int(is_token.sum()), 1)
+            metrics["distillation/sampled_token_probability"] = probability.item()
+
 
 class _PureTrainer(_TrainerWithTeacher):
     """The divergence alone: nothing of RL is computed between rollout and update."""
+
+    def _log_probs_field(self) -> Optional[str]:
+        return "rollout_log_probs" if self.config.actor_rollout_ref.rollout.calculate_log_probs else None
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         batch = super()._step_once(metrics, timing_raw, sample_batch_size)

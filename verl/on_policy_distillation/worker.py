@@ -16,13 +16,16 @@
 import os
 from dataclasses import replace
 from functools import cache, partial
+from typing import Optional
 
 import torch
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 
 from verl.on_policy_distillation import engine_fsdp, losses
 from verl.on_policy_distillation.config import PURE
 from verl.on_policy_distillation.dump import TokenDump
+from verl.on_policy_distillation.teacher_prompts import PromptSettings, TeacherPrompts
 from verl.on_policy_distillation.teachers import Teachers
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
@@ -53,7 +56,10 @@ class _StudentWorker(TrainingWorker):
 
 
 class _WorkerWithTeachers(ActorRolloutRefWorker):
-    """Expects the teachers' configuration as ``teacher`` beside ``actor`` and ``ref`` in its own."""
+    """Expects the teachers' configuration as ``teacher`` beside ``actor`` and ``ref`` in its own.
+
+    And beside it, where the teachers have prompts of their own, ``teacher_prompts``: the fields of `PromptSettings`.
+    """
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
@@ -63,9 +69,13 @@ class _WorkerWithTeachers(ActorRolloutRefWorker):
         actor_config.model_config = self.actor.model_config
         temperature = actor_config.policy_loss.distillation_temperature
         self.teachers = Teachers(self.config.teacher, temperature, self.actor)
-        dump = TokenDump(
-            tokenizer=self.actor.model_config.tokenizer, size=self.config.teacher.dump_size, temperature=temperature
-        )
+        tokenizer = self.actor.model_config.tokenizer
+        prompts = OmegaConf.select(self.config, "teacher_prompts")
+        self.teacher_prompts: Optional[TeacherPrompts] = None
+        if prompts is not None:
+            settings = PromptSettings(**OmegaConf.to_container(prompts))
+            self.teacher_prompts = TeacherPrompts(settings, tokenizer)
+        dump = TokenDump(tokenizer=tokenizer, size=self.config.teacher.dump_size, temperature=temperature)
         self.actor.engine.connect(partial(losses.head_columns, actor_config), self.teachers.signal, dump)
         self.set_loss_fn(losses.actor_loss(actor_config))
 
@@ -77,7 +87,7 @@ class _WorkerWithTeachers(ActorRolloutRefWorker):
         Returns:
             (batch,) columns: `TEACHER_ROW`, by which `update_actor` finds what was said, and ``teacher_bytes``.
         """
-        scored = self.teachers.score(data)
+        scored = self.teachers.score(self.teacher_prompts.replace(data) if self.teacher_prompts else data)
         columns = {engine_fsdp.TEACHER_ROW: scored.rows, "teacher_bytes": scored.num_bytes}
         return TensorDict(columns, batch_size=len(scored.rows))
 
