@@ -150,7 +150,7 @@ class _TrainerWithTeacher(PPOTrainer):
 
     def _score(self, batch: KVBatchMeta, metrics: dict) -> None:
         columns = [*Routes.of(self.config.teacher).columns]
-        if prompt_key := self.config.teacher.prompt_key:
+        if prompt_key := self.config.teacher.get("prompt_key", None):
             require_one_prompt(prompt_key, batch.keys)
             columns.append(prompt_key)
         selected = KVBatchMeta(
