@@ -19,7 +19,6 @@ response, the teacher scores its own prompt and the same response, one sequence 
 
 import random
 import re
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -352,8 +351,16 @@ def test_tools_that_the_teacher_does_not_see_are_said(models, caplog):
     )
 
 
+class Rows(list):
+    """A data set of the user's own: rows, and no table."""
+
+
 def training_data(**columns):
-    return SimpleNamespace(dataframe=datasets.Dataset.from_dict(columns))
+    """As VERL reads it: rows, and the table that they come from."""
+    table = datasets.Dataset.from_dict(columns)
+    data = Rows(table)
+    data.dataframe = table
+    return data
 
 
 @pytest.mark.parametrize(
@@ -376,10 +383,19 @@ def test_training_data_that_passes(models, tokenizer):
     config = make_config(PURE, *models, KEY)
     require_prompts(config, training_data(text=["a", "b" * 32], images=[[], None]), tokenizer)
     require_prompts(config, training_data(text=[[{"role": "user", "content": "a"}]]), tokenizer)
-    require_prompts(config, SimpleNamespace(), tokenizer)  # of a class of the user's, which may have no table
     cut = make_config(PURE, *models, KEY, "data.truncation=right")
     require_prompts(cut, training_data(text=["b" * 99]), tokenizer)
     require_prompts(make_config(PURE, *models), training_data(other=["a"]), tokenizer)
+
+
+def test_a_data_set_of_the_user_s_own_may_make_the_column(models, tokenizer):
+    config = make_config(PURE, *models, KEY)
+    require_prompts(config, Rows([{"prompt": "a", "text": "b"}]), tokenizer)
+    data = training_data(prompt=["a"])
+    data[0] = data[0] | {"text": "b"}  # in its __getitem__
+    require_prompts(config, data, tokenizer)
+    with pytest.raises(ValueError, match=r"teacher.prompt_key=text is no field .* has \['prompt'\]: set it"):
+        require_prompts(config, Rows([{"prompt": "a"}]), tokenizer)
 
 
 def test_a_rollout_of_several_samples_is_refused():

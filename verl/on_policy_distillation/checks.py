@@ -295,24 +295,27 @@ def require_prompts(config: DictConfig, dataset: Any, tokenizer: Any) -> None:
 
     Args:
         config: the trainer's configuration; without ``teacher.prompt_key`` there is nothing to find.
-        dataset: as in `require_routes`.
+        dataset: VERL's training data set, or one of the user's own. What its table does not have, its rows must; that
+            is checked as it is scored.
         tokenizer: the student's.
 
     Raises:
         ValueError: naming the column, the first row whose prompt cannot be used, and why.
     """
     settings, table = PromptSettings.of(config), getattr(dataset, "dataframe", None)
-    if settings is None or table is None:
+    if settings is None:
         return
-    key = settings.key
-    if key not in table.column_names:
+    key, columns = settings.key, getattr(table, "column_names", None)
+    if table is None or columns is None or key not in columns:
+        if key in (made := list(dataset[0])):
+            return
         raise ValueError(
-            f"teacher.prompt_key={key} is no field of the training data, which has {table.column_names}: set it to one "
-            "of them."
+            f"teacher.prompt_key={key} is no field of the training data, which has {columns or made}: set it to one of "
+            "them."
         )
     for name in ("image_key", "video_key", "audio_key"):
         column = config.data.get(name, None)
-        for row, parts in enumerate(table[column]) if column in table.column_names else ():
+        for row, parts in enumerate(table[column]) if column in columns else ():
             if parts:
                 raise ValueError(
                     f"teacher.prompt_key={key} with data.{name}={column}, and row {row} of the data set has {column}: "
