@@ -248,7 +248,8 @@ def test_a_run_whose_storage_dies_ends_with_the_cause_and_continues_where_it_was
     One update a step: with more, the KL of the later mini-batches depends on what the first held, and VERL orders them
     by random ids.
     """
-    overrides = (*PURE, f"{ACTOR}.ppo_mini_batch_size={PROMPTS}")
+    top_k = ("teacher.payload=topk", "teacher.topk=64")  # kept and found again as any other payload
+    overrides = (*PURE, f"{ACTOR}.ppo_mini_batch_size={PROMPTS}", *top_k)
     process = start(files, tmp_path, *overrides)
     deadline = time.monotonic() + 300
     while 5 not in read_run(tmp_path):
@@ -362,6 +363,9 @@ SEVERAL = (
     "+teacher.models.own.path=self",
     "+teacher.models.own.route=carries",
     "teacher.ema=0.9",
+    f"{ACTOR}.policy_loss.distillation_token_selection=top_entropy",
+    f"{ACTOR}.policy_loss.distillation_keep_fraction=0.5",
+    f"{ACTOR}.policy_loss.distillation_loss_max_clamp=20",
     f"{ACTOR}.ppo_mini_batch_size={PROMPTS}",  # one update a step, after whose scoring nothing has moved
     "trainer.total_training_steps=3",
     "trainer.save_freq=3",
@@ -385,6 +389,8 @@ def test_each_topic_is_learnt_from_its_teacher(several):
     assert several[1]["distillation/other/kl"] > 0.05
     assert several[3]["distillation/other/kl"] < several[1]["distillation/other/kl"]
     for step in (1, 2, 3):
+        assert 0.5 <= several[step]["distillation/kept_tokens"] < 0.8  # half of each sequence, rounded up
+        assert several[step]["distillation/clamped_tokens"] == 0.0
         shares = {name: several[step][f"distillation/{name}/share"] for name in ("own", "other")}
         assert sum(shares.values()) == pytest.approx(1.0) and 0.2 < shares["own"] < 0.8
         weighted = sum(shares[name] * several[step][f"distillation/{name}/kl"] for name in shares)
