@@ -125,6 +125,9 @@ class LogitSource(Protocol):
     def cut(self, vocab: int) -> "LogitSource":
         """The first `vocab` entries of the vocabulary, not copied."""
 
+    def tokens(self, tokens: torch.Tensor) -> "LogitSource":
+        """Of the tokens `tokens` (m,) int64, in that order."""
+
 
 @dataclass(frozen=True)
 class DenseLogits:
@@ -148,6 +151,9 @@ class DenseLogits:
 
     def cut(self, vocab: int) -> "DenseLogits":
         return DenseLogits(self.values[:, :vocab])
+
+    def tokens(self, tokens: torch.Tensor) -> "DenseLogits":
+        return DenseLogits(self.values[tokens])
 
 
 class TokenDivergence(NamedTuple):

@@ -97,9 +97,9 @@ class MixtureLogits:
         assert isinstance(route, torch.Tensor)
         return None if bool((route == route[:1]).all()) else route.argsort(stable=True)
 
-    def ordered(self, order: torch.Tensor) -> "MixtureLogits":
-        """Of the tokens `order` (n,), in that order."""
-        parts = [replace(part, row=part.row[order], log_weight=part.log_weight[order]) for part in self.parts]
+    def tokens(self, tokens: torch.Tensor) -> "MixtureLogits":
+        """Of the tokens `tokens` (m,), in that order."""
+        parts = [replace(part, row=part.row[tokens], log_weight=part.log_weight[tokens]) for part in self.parts]
         return replace(self, parts=tuple(parts))
 
     def _read(self, index, student: "_Student | None") -> tuple[torch.Tensor, Optional[torch.Tensor]]:
