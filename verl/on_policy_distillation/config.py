@@ -38,6 +38,7 @@ __all__ = [
     "RL_TERM",
     "SELF",
     "TEACHER_PAYLOADS",
+    "TEACHER_VOCABS",
     "DistillationLossConfig",
     "DistillationPolicyLossConfig",
     "TeacherConfig",
@@ -54,6 +55,7 @@ HYBRID = "hybrid_rl_distillation"
 RL_TERM = "hybrid_rl_distillation_rl_term"  # what VERL's `ppo_loss` calls in hybrid mode; no loss for users to name
 
 TEACHER_PAYLOADS = ("hidden_states", "logits", "topk")
+TEACHER_VOCABS = ("same", "shared")
 
 SELF = "self"  # the path of a teacher that is the student
 
@@ -171,6 +173,8 @@ class TeacherConfig(BaseConfig):
         ema (Optional[float]): How much of a teacher that is the student stays after each update, in (0, 1). With
             neither this nor ``refresh_freq`` it is the initial student, or the base of its LoRA.
         refresh_freq (Optional[int]): After how many updates a teacher that is the student takes over its weights.
+        vocab (str): "same" asks for the student's tokenizer. "shared" asks that every id that both tokenizers have
+            means the same, and takes all other entries of a side as one; see verl/on_policy_distillation/buckets.py.
         fsdp_config (FSDPEngineConfig): How the teacher is sharded. Always forward-only.
         payload (str): What is kept of the teacher for each response token: "hidden_states" (last hidden states, which
             the student's head projects with the teacher's output projection, a chunk at a time) or "logits" (the plain
@@ -190,6 +194,7 @@ class TeacherConfig(BaseConfig):
     weights_key: Optional[str] = None
     ema: Optional[float] = None
     refresh_freq: Optional[int] = None
+    vocab: str = "same"
     fsdp_config: FSDPEngineConfig = field(default_factory=FSDPEngineConfig)
     payload: str = "hidden_states"
     payload_dtype: str = "bfloat16"

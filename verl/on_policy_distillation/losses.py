@@ -34,8 +34,14 @@ from tensordict import TensorDict
 
 from verl.on_policy_distillation.config import HYBRID, PURE, RL_TERM, DistillationLossConfig
 from verl.on_policy_distillation.divergence import DivergenceSpec, LogitSource, TokenDivergence
-from verl.on_policy_distillation.head import LinearLogits, divergence_by_teacher, tokens_by_teacher
-from verl.on_policy_distillation.mixture import MixtureLogits
+from verl.on_policy_distillation.head import (
+    KL_TO,
+    REST_MASSES,
+    LinearLogits,
+    divergence_by_teacher,
+    extra_columns,
+    tokens_by_teacher,
+)
 from verl.on_policy_distillation.tokens import TokenPlan, padded_response_mask, plan_tokens, response_rows
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, register_policy_loss
 from verl.utils import tensordict_utils as tu
@@ -57,8 +63,6 @@ __all__ = [
 
 # The student's and the teacher's logits of the n tokens of a plan -> named columns (n,), with their graph.
 HeadColumns = Callable[[LinearLogits, LogitSource], dict[str, torch.Tensor]]
-
-_KL_TO = "kl_to/"  # how the names of the columns begin that hold KL(S||T_k) of one of several teachers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,9 +202,7 @@ def _policy_columns(
 
 
 def _named(teacher: LogitSource, by_teacher: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A column for each of several teachers: the KL to it."""
-    names = teacher.names if isinstance(teacher, MixtureLogits) else ()
-    return {f"{_KL_TO}{name}": kl for name, kl in zip(names, by_teacher, strict=True)}
+    return dict(zip(extra_columns(teacher), by_teacher, strict=True))
 
 
 _HEAD_COLUMNS = {PURE: _columns_of_pure, HYBRID: _columns_of_hybrid}
@@ -273,14 +275,20 @@ def _divergence_loss(
 
 
 def _teacher_metrics(model_output: Mapping[str, torch.Tensor], plan: TokenPlan, data: TensorDict) -> dict[str, Metric]:
-    """Of each of several teachers: the share of tokens that it speaks for, and, times that share, the mean KL to it."""
+    """Of each of several teachers: the share of tokens that it speaks for, and, times that share, the mean KL to it.
+
+    With a shared vocabulary, the means of what both sides have outside of it.
+    """
     tokens_of_a_rank = max(data["batch_num_tokens"], 1) / data["dp_size"]
     metrics = {}
-    for column in (name for name in model_output if name.startswith(_KL_TO)):
-        kl, name = plan.collect(model_output[column]).detach(), column.removeprefix(_KL_TO)
+    for column in (name for name in model_output if name.startswith(KL_TO)):
+        kl, name = plan.collect(model_output[column]).detach(), column.removeprefix(KL_TO)
         counts = {"kl": kl.nansum(), "share": (~kl.isnan()).sum()}
         for key, count in counts.items():
             metrics[f"distillation/{name}/{key}"] = Metric(AggregationType.SUM, count.item() / tokens_of_a_rank)
+    for column in (name for name in REST_MASSES if name in model_output):
+        mass = plan.collect(model_output[column]).detach().sum().item()
+        metrics[f"distillation/{column}"] = Metric(AggregationType.SUM, mass / tokens_of_a_rank)
     return metrics
 
 
