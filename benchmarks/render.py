@@ -162,6 +162,30 @@ def sparse_columns() -> str | None:
     return "\n\n".join((conditions(facts, facts["sizes"]), what, table(header, rows)))
 
 
+def payloads() -> str | None:
+    facts = load("payloads_cpu")
+    return None if facts is None else "\n\n".join(payloads_of(name, facts[name]) for name in facts)
+
+
+def payloads_of(name: str, facts: dict) -> str:
+    m, sizes, kinds = facts["machine"], facts["sizes"], ("reverse_kl", "forward_kl", "gkd")
+    exact, *kept = facts["rows"]
+    widths = f", H_s = {facts['student_width']:,}, H_t = {facts['teacher_width']:,}" if "student_width" in facts else ""
+    values = ", ".join(f"{kind} {exact[kind]:.4f}" for kind in kinds)
+    entropy = "{} (student), {} (teacher)".format(*facts["entropy"])
+    what = (
+        f"Pair {name}: `{facts['command']}`, {m['date']}, torch {m['torch']}. n = {sizes['n']:,}, V = "
+        f"{sizes['vocab']:,}{widths}, float32. Mean entropy in nats {entropy}; exact divergences {values}."
+    )
+    header = ["payload", f"bytes a token, H_t = {facts['kept_width']:,}"]
+    header += [f"{kind}: value, relative to exact (error of the gradient)" for kind in kinds]
+    rows = []
+    for row in kept:
+        gaps = [f"{row[kind] / exact[kind]:+.2%} ({row[f'{kind}_gradient']:.2g})" for kind in kinds]
+        rows.append([row["payload"], f"{row['bytes']:,}", *gaps])
+    return "\n\n".join((what, table(header, rows)))
+
+
 def trainer_update() -> str | None:
     facts = load("trainer_update_cpu")
     if facts is None:
@@ -193,6 +217,7 @@ SECTIONS = {
     "linear_divergence_cpu": ("Two linear heads, on a processor", lambda: linear_divergence("cpu")),
     "linear_divergence_cuda": ("Two linear heads, on CUDA", lambda: linear_divergence("cuda")),
     "trainer_update_cpu": ("One step of the trainer without its rollout, on a processor", trainer_update),
+    "payloads_cpu": ("What is kept of a teacher, and what it leaves out", payloads),
     "sparse_columns_cpu": ("Below the floor: skipping columns of the gradient", sparse_columns),
 }
 

@@ -3,6 +3,7 @@
 #
 #   benchmarks/run.sh [options of benchmarks/linear_divergence.py]
 #   benchmarks/run.sh --sparse [options of benchmarks/sparse_columns.py]
+#   benchmarks/run.sh --payloads [options of benchmarks/payloads.py]
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -26,6 +27,9 @@ cd "$root"
 if [ "${1:-}" = --sparse ]; then
     shift
     "$python" benchmarks/sparse_columns.py "$@"
+elif [ "${1:-}" = --payloads ]; then
+    shift
+    "$python" benchmarks/payloads.py "$@"
 else
     install_peers
     "$python" benchmarks/linear_divergence.py "$@"

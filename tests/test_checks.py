@@ -117,7 +117,7 @@ def test_the_yaml_files_have_the_keys_and_defaults_of_the_dataclasses(models):
     assert set(section) - {"_target_"} <= set(field_names(DistillationPolicyLossConfig))
     assert {name: section[name] for name in ours} == {name: getattr(defaults, name) for name in ours}
     assert set(config.teacher) - {"_target_"} == set(field_names(TeacherConfig))
-    plain = ("payload", "payload_dtype", "topk", "models", "routing_key", "weights_key", "ema", "refresh_freq")
+    plain = ("vocab", "payload", "payload_dtype", "topk", "models", "routing_key", "weights_key", "ema", "refresh_freq")
     plain += ("dump_freq", "dump_size")  # the others follow the student
     assert [config.teacher[name] for name in plain] == [getattr(TeacherConfig(), name) for name in plain]
 
@@ -159,6 +159,7 @@ MISTAKES = {
     "pure with critic": ([PURE, "critic.enable=True"], "critic.enable=True.*hybrid_rl_distillation"),
     "pure with entropy": ([PURE, f"{ACTOR}.entropy_coeff=0.01"], "entropy_coeff=0.01.*Set it to 0"),
     "payload": ([PURE, "teacher.payload=logit"], r"teacher.payload=logit .*\['hidden_states', 'logits', 'topk'\]"),
+    "vocabulary": ([PURE, "teacher.vocab=similar"], r"teacher.vocab=similar is unknown: .*\['same', 'shared'\]"),
     "payload dtype": ([PURE, "teacher.payload_dtype=bf8"], "teacher.payload_dtype=bf8 is not a dtype: set it to"),
     "path": ([PURE, "teacher.model.path=5"], "teacher.model.path=5 is no path: set it to"),
     "dynamic": ([PURE, "teacher.use_dynamic_bsz=maybe"], "teacher.use_dynamic_bsz='maybe': set it to True or False"),
@@ -365,9 +366,61 @@ def other_tokenizer(path):
 def test_a_teacher_with_another_tokenizer(models, tmp_path):
     teacher = other_tokenizer(tmp_path / "other")
     with pytest.raises(
-        ValueError, match="teacher.model.path=.* has another tokenizer.*'<think>' = 258.*choose a teacher"
+        ValueError,
+        match="teacher.model.path=.* has another tokenizer than actor_rollout_ref.model.path=.*the teacher alone has "
+        "'<think>' = 258.*choose a teacher with the student's tokenizer, or set teacher.vocab=shared",
     ):
         validate(make_config(PURE, *models, f"teacher.model.path={teacher}"))
+
+
+def renamed_token(path, changes, **settings):
+    """A checkpoint whose tokenizer has other texts for some of the ids."""
+    tiny_model(path)
+    file = path / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    for old, new in changes.items():
+        vocab[new] = vocab.pop(old)
+    file.write_text(json.dumps(tokenizer))
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return str(path)
+
+
+def test_a_vocabulary_that_differs_in_added_entries_may_be_shared(models, tmp_path):
+    shared = (PURE, models[0], f"teacher.model.path={other_tokenizer(tmp_path / 'other')}", "teacher.vocab=shared")
+    validate(make_config(*shared))
+    top_k = (*shared, "teacher.payload=topk")
+    validate(make_config(*top_k, "teacher.topk=259"))  # the student's 258, and the rest
+    with pytest.raises(ValueError, match="teacher.topk=260 is more than the 259 entries there are"):
+        validate(make_config(*top_k, "teacher.topk=260"))
+    validate(make_config(PURE, *models, "teacher.vocab=shared"))
+
+
+@pytest.mark.parametrize("mode", ["same", "shared"])
+def test_an_id_with_two_texts_is_refused_in_either_mode(mode, models, tmp_path):
+    teacher = renamed_token(tmp_path / "renamed", {"a": "aa"})
+    with pytest.raises(ValueError, match="other texts in the student's 'a' = .*than in the teacher's 'aa' = ") as error:
+        validate(make_config(PURE, *models, f"teacher.model.path={teacher}", f"teacher.vocab={mode}"))
+    assert ("teacher.vocab=shared" in str(error.value)) == (mode == "shared")  # it would not help
+
+
+def test_other_ends_and_templates_are_said(models, tmp_path, caplog):
+    validate(make_config(PURE, *models))
+    assert "ends a text" not in caplog.text and "chat template" not in caplog.text
+    teacher = renamed_token(tmp_path / "other", {}, eos_token="<|pad|>")
+    (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    config = make_config(PURE, *models, f"teacher.model.path={teacher}")
+    validate(config)
+    names = r"teacher.model.path=\S* {}, actor_rollout_ref.model.path=\S* with '<\|endoftext\|>'"
+    assert re.search(names.format(r"ends a text with '<\|pad\|>'"), caplog.text)
+    assert re.search(r"another chat template than actor\S*, .*the teacher's: '\S* ?messages\[0\].content", caplog.text)
+
+
+def test_tokens_that_the_teacher_cannot_read_are_said(models, tmp_path, caplog):
+    student = other_tokenizer(tmp_path / "student")
+    validate(make_config(PURE, models[1], f"actor_rollout_ref.model.path={student}", "teacher.vocab=shared"))
+    assert "has no embedding for 1 tokens of the student's ('<think>')" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["actor_rollout_ref.model.path", "teacher.model.path"])

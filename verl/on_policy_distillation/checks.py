@@ -32,6 +32,7 @@ from verl.on_policy_distillation.config import (
     RL_TERM,
     SELF,
     TEACHER_PAYLOADS,
+    TEACHER_VOCABS,
     DistillationLossConfig,
     is_distillation_loss,
     misspelt_loss_key,
@@ -41,6 +42,7 @@ from verl.on_policy_distillation.config import (
 from verl.on_policy_distillation.output_projection import find_output_projection, require_readable
 from verl.on_policy_distillation.routing import TEACHER_KEYS, Routes
 from verl.on_policy_distillation.teacher_prompts import TRUNCATIONS, PromptSettings, TeacherPrompts
+from verl.on_policy_distillation.vocabulary import difference, shared_ids
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.utils.fs import copy_to_local
 from verl.utils.torch_dtypes import PrecisionType
@@ -442,9 +444,8 @@ def _check_checkpoints(config: DictConfig, key: str) -> None:
     student_path = config.actor_rollout_ref.model.path
     student = _load_config("actor_rollout_ref.model.path", student_path, config.actor_rollout_ref.model)
     teacher = _load_config(f"{key}.path", path, config.teacher.model)
-    _check_tokenizers(config, key, student, teacher)
+    vocab = _check_tokenizers(config, key, student, teacher)
     _check_context(config, key, teacher)
-    vocab = min(model.get_text_config().vocab_size for model in (student, teacher))
     if config.teacher.payload == "topk" and config.teacher.topk > vocab:
         raise ValueError(f"teacher.topk={config.teacher.topk} is more than the {vocab} entries there are: lower it.")
     _check_entropy_threshold(config, config.teacher.topk + 1 if config.teacher.payload == "topk" else vocab)
@@ -544,6 +545,8 @@ def _check_teacher_settings(config: DictConfig) -> None:
     payload = config.teacher.payload
     if payload not in TEACHER_PAYLOADS:
         raise ValueError(f"teacher.payload={payload} is not a payload: choose one of {list(TEACHER_PAYLOADS)}.")
+    if config.teacher.vocab not in TEACHER_VOCABS:
+        raise ValueError(f"teacher.vocab={config.teacher.vocab} is unknown: choose one of {list(TEACHER_VOCABS)}.")
     _check_top_k(config.teacher)
     for key in ("teacher.payload_dtype", "teacher.fsdp_config.model_dtype"):
         _check_dtype(key, OmegaConf.select(config, key))
@@ -632,32 +635,89 @@ def _load_config(key: str, path: str, model: DictConfig) -> Any:
     return config
 
 
-def _vocabulary(path: str, model: DictConfig) -> dict[str, int]:
+def _tokenizer(path: str, model: DictConfig) -> Any:
     from verl.utils import hf_tokenizer
 
     local = _local_path(model.get("tokenizer_path", None) or path)
-    return hf_tokenizer(local, trust_remote_code=model.get("trust_remote_code", False)).get_vocab()
+    tokenizer = hf_tokenizer(local, trust_remote_code=model.get("trust_remote_code", False))
+    if model.get("custom_chat_template", None) is not None:  # as VERL does
+        tokenizer.chat_template = model.custom_chat_template
+    return tokenizer
 
 
-def _check_tokenizers(config: DictConfig, key: str, student: Any, teacher: Any) -> None:
-    """The same token ids must mean the same text, or the two distributions are over different things."""
-    student_path, teacher_path = config.actor_rollout_ref.model.path, config.teacher.model.path
-    ours, theirs = (
-        _vocabulary(student_path, config.actor_rollout_ref.model),
-        _vocabulary(teacher_path, config.teacher.model),
-    )
-    different = sorted(ours.items() ^ theirs.items(), key=lambda item: item[1])
-    if different:
-        token, index = different[0]
-        raise ValueError(
-            f"{key}.path={teacher_path} has another tokenizer than actor_rollout_ref.model.path={student_path} "
-            f"({len(theirs)} and {len(ours)} tokens; the first difference is {token!r} = {index}): "
-            "they are compared entry by entry, so choose a teacher with the student's tokenizer."
-        )
-    for name, model in (("actor_rollout_ref.model.path", student), (f"{key}.path", teacher)):
-        size = model.get_text_config().vocab_size
-        if size <= max(ours.values()):
+def _check_tokenizers(config: DictConfig, key: str, student: Any, teacher: Any) -> int:
+    """The same token ids must mean the same text, or the two distributions are over different things.
+
+    Returns:
+        How many entries are compared.
+    """
+    settings = config.actor_rollout_ref.model, config.teacher.model
+    named = [f"actor_rollout_ref.model.path={settings[0].path}", f"{key}.path={settings[1].path}"]
+    tokenizers = [_tokenizer(model.path, model) for model in settings]
+    vocabs = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    _check_vocabularies(config.teacher.vocab, named, vocabs)
+    sizes = [model.get_text_config().vocab_size for model in (student, teacher)]
+    for name, size, vocab in zip(named, sizes, vocabs, strict=True):
+        if size <= max(vocab.values()):
             raise ValueError(
-                f"{name} has vocab_size={size}, fewer than the tokenizer's {max(ours.values()) + 1} ids: "
+                f"{name} has vocab_size={size}, fewer than the tokenizer's {max(vocab.values()) + 1} ids: "
                 "give a checkpoint whose embedding covers its tokenizer."
             )
+    _warn_of_other_habits(*named, *tokenizers)
+    if config.teacher.vocab == "same":
+        return min(sizes)
+    if unread := [token for token, index in vocabs[0].items() if index >= sizes[1]]:
+        logger.warning(
+            "%s has no embedding for %d tokens of the student's (%s): it reads its padding token in their place.",
+            named[1],
+            len(unread),
+            ", ".join(map(repr, unread[:3])),
+        )
+    return len(shared_ids(vocabs)) + 1
+
+
+def _check_vocabularies(mode: str, named: list[str], vocabs: list[dict[str, int]]) -> None:
+    """Of student and teacher: the settings that name them, and their tokenizers' entries."""
+    (student, teacher), found = named, difference(*vocabs)
+    has_conflicts = any(found.conflicts)
+    if mode == "shared":
+        if has_conflicts:
+            raise ValueError(
+                f"teacher.vocab={mode}, and {teacher} means something else than {student} by ids that both have "
+                f"({found}): choose a teacher whose ids mean what the student's mean."
+            )
+        if not shared_ids(vocabs):
+            raise ValueError(
+                f"teacher.vocab={mode}, and {teacher} shares no id with {student}: choose another teacher."
+            )
+    elif found:
+        hint = "" if has_conflicts else ", or set teacher.vocab=shared, which takes what only one of them has as one"
+        raise ValueError(
+            f"{teacher} has another tokenizer than {student} ({found}): they are compared entry by entry, so choose a "
+            f"teacher with the student's tokenizer{hint}."
+        )
+
+
+def _warn_of_other_habits(student: str, teacher: str, ours: Any, theirs: Any) -> None:
+    """The ids may agree, and still the teacher expect other texts than the student writes."""
+    if ours.eos_token != theirs.eos_token:
+        logger.warning(
+            "%s ends a text with %r, %s with %r: the student learns to end where and as the teacher does.",
+            teacher,
+            theirs.eos_token,
+            student,
+            ours.eos_token,
+        )
+    templates = [str(tokenizer.chat_template or "") for tokenizer in (ours, theirs)]
+    if templates[0] != templates[1]:
+        begin = len(os.path.commonprefix(templates))
+        excerpts = [repr(template[begin : begin + 60]) if template else "there is none" for template in templates]
+        logger.warning(
+            "%s has another chat template than %s, whose prompts it reads (from character %d on, the teacher's: %s; "
+            "the student's: %s).",
+            teacher,
+            student,
+            begin,
+            excerpts[1],
+            excerpts[0],
+        )

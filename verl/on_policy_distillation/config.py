@@ -39,6 +39,7 @@ __all__ = [
     "RL_TERM",
     "SELF",
     "TEACHER_PAYLOADS",
+    "TEACHER_VOCABS",
     "DistillationLossConfig",
     "DistillationPolicyLossConfig",
     "TeacherConfig",
@@ -55,6 +56,7 @@ HYBRID = "hybrid_rl_distillation"
 RL_TERM = "hybrid_rl_distillation_rl_term"  # what VERL's `ppo_loss` calls in hybrid mode; no loss for users to name
 
 TEACHER_PAYLOADS = ("hidden_states", "logits", "topk")
+TEACHER_VOCABS = ("same", "shared")
 
 SELF = "self"  # the path of a teacher that is the student
 
@@ -203,6 +205,8 @@ class TeacherConfig(BaseConfig):
         prompt_key (Optional[str]): The field of the data set that holds the teacher's own prompt, a string or chat
             messages; see verl/on_policy_distillation/teacher_prompts.py. None: the student's prompt.
         max_prompt_length (Optional[int]): Tokens of that prompt at most. None: ``data.max_prompt_length``.
+        vocab (str): "same" asks for the student's tokenizer. "shared" asks that every id that both tokenizers have
+            means the same, and takes all other entries of a side as one; see verl/on_policy_distillation/buckets.py.
         fsdp_config (FSDPEngineConfig): How the teacher is sharded. Always forward-only.
         payload (str): What is kept of the teacher for each response token: "hidden_states" (last hidden states, which
             the student's head projects with the teacher's output projection, a chunk at a time) or "logits" (the plain
@@ -224,6 +228,7 @@ class TeacherConfig(BaseConfig):
     refresh_freq: Optional[int] = None
     prompt_key: Optional[str] = None
     max_prompt_length: Optional[int] = None
+    vocab: str = "same"
     fsdp_config: FSDPEngineConfig = field(default_factory=FSDPEngineConfig)
     payload: str = "hidden_states"
     payload_dtype: str = "bfloat16"

@@ -45,7 +45,15 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence
 import torch
 
 from verl.on_policy_distillation import divergence as divergence_module
-from verl.on_policy_distillation.buckets import TopKTail, coarsen_, refine
+from verl.on_policy_distillation.buckets import (
+    InSharedVocabulary,
+    SharedLogits,
+    SharedVocabulary,
+    TopKTail,
+    coarsen_,
+    refine,
+    rest_mass,
+)
 from verl.on_policy_distillation.divergence import (
     DIVERGENCES,
     DivergenceSpec,
@@ -59,11 +67,14 @@ from verl.on_policy_distillation.divergence import (
 from verl.on_policy_distillation.mixture import MixtureLogits, mixture_of
 
 __all__ = [
+    "KL_TO",
+    "REST_MASSES",
     "LinearDivergence",
     "LinearLogits",
     "PolicyTokens",
     "divergence_by_teacher",
     "divergence_of_head",
+    "extra_columns",
     "implementation",
     "linear_divergence",
     "linear_token_divergence",
@@ -74,6 +85,9 @@ __all__ = [
 
 # How far a loss may be from token_weights, relative to the largest of its weights: rounding, not another loss.
 WEIGHT_TOLERANCE = 1e-4
+
+KL_TO = "kl_to/"  # how the names of `extra_columns` begin that are KL(S||T_k) of one of several teachers
+REST_MASSES = ("teacher_rest_mass", "student_rest_mass")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -257,11 +271,13 @@ def implementation(student: torch.Tensor, spec: DivergenceSpec) -> ModuleType:
 class _Target(NamedTuple):
     """What the student is compared with, and how; nothing here has a gradient.
 
-    `teacher` covers the vocabulary that both share.
+    teacher: over the first `vocab` entries of the student's, or over those that are `shared`, and the rest.
     """
 
     teacher: LogitSource
     spec: DivergenceSpec
+    vocab: int
+    shared: Optional[SharedVocabulary]
 
     @classmethod
     def of(cls, head: LinearLogits, teacher: LogitSource, spec: DivergenceSpec) -> "_Target":
@@ -269,21 +285,26 @@ class _Target(NamedTuple):
             raise ValueError(f"distillation_type={spec.distillation_type!r}: choose one of {list(DIVERGENCES)}.")
         if head.shape[0] != teacher.shape[0]:
             raise ValueError(f"the head has {head.shape[0]} tokens, the teacher {teacher.shape[0]}: pass the same.")
-        if isinstance(teacher, TopKTail) and teacher.temperature != spec.temperature:
-            raise ValueError(
-                f"the top-k is of temperature {teacher.temperature}, the divergence of {spec.temperature}: take both "
-                "at the same."
-            )
-        return cls(teacher.cut(head.shape[1]), spec)
-
-    @property
-    def vocab(self) -> int:
-        return self.teacher.shape[-1]
+        teacher = teacher.cut(head.shape[1])
+        for kind, what in ((TopKTail, "top-k"), (InSharedVocabulary, "rest of the shared vocabulary")):
+            if isinstance(teacher, kind) and teacher.unit != spec.temperature:
+                raise ValueError(
+                    f"the {what} is of temperature {teacher.unit}, the divergence of {spec.temperature}: take both at "
+                    "the same."
+                )
+        if isinstance(teacher, InSharedVocabulary):
+            return cls(teacher.source, spec, head.shape[1], teacher.shared)
+        return cls(teacher, spec, teacher.shape[-1], None)
 
     @property
     def teachers(self) -> int:
         """Of how many teachers the KL is wanted one by one."""
         return len(self.teacher.parts) if isinstance(self.teacher, MixtureLogits) else 0
+
+    @property
+    def fields(self) -> int:
+        """How many results `rows_` has of a token: those of `TokenDivergence`, and what is in the rests of both."""
+        return len(TokenDivergence._fields) + (0 if self.shared is None else 2)
 
     def said(self, chunk: "_Chunk", dtype: torch.dtype) -> torch.Tensor | TopKTail:
         """What the teacher says of a chunk: logits in its units."""
@@ -297,7 +318,11 @@ class _Target(NamedTuple):
         """`said`, and KL(S||T_k) of each of `teachers`, (K, chunk)."""
         if not isinstance(self.teacher, MixtureLogits):
             return self.said(chunk, student.dtype), student.new_empty((0, len(student)))
-        mixed, kls = self.teacher.compare(chunk.tokens, student, self.spec.temperature / head.unit)
+        temperature = self.spec.temperature / head.unit
+        if self.shared is not None:
+            student = coarsen_(student.clone(), self.shared.named(len(student)), temperature).logits
+            temperature = 1.0
+        mixed, kls = self.teacher.compare(chunk.tokens, student, temperature)
         return mixed.to(student.dtype), kls.to(student.dtype)
 
     def rows_(
@@ -308,25 +333,35 @@ class _Target(NamedTuple):
         weights: torch.Tensor,
         gradient: torch.Tensor,
     ) -> torch.Tensor:
-        """`divergence_rows_` of both sides in their units; the gradient is by the student's."""
+        """`divergence_rows_` of both sides in their units; the gradient is by the student's. (`fields`, rows)."""
         temperature = self.spec.temperature / head.unit
-        if isinstance(said, TopKTail):
-            return self._coarse_rows_(temperature, student, said, weights, gradient)
-        temperatures = Temperatures(temperature, self.spec.temperature / self.teacher.unit)
-        function = implementation(student, self.spec).divergence_rows_
-        return function(student, said, self.spec, temperatures, weights, gradient)
+        if self.shared is None:
+            return self._rows_(temperature, student, said, weights, gradient)
+        coarse = coarsen_(student, self.shared.named(len(student)), temperature)
+        masses = torch.stack((rest_mass(said), rest_mass(coarse.logits)))
+        results = self._rows_(1.0, coarse.logits, said, weights / temperature, coarse.logits)
+        refine(coarse, coarse.logits, gradient)
+        return torch.cat((results, masses.to(results.dtype)))
 
-    def _coarse_rows_(
-        self, temperature: float, student: torch.Tensor, said: TopKTail, weights: torch.Tensor, gradient: torch.Tensor
+    def _rows_(
+        self,
+        temperature: float,
+        student: torch.Tensor,
+        said: torch.Tensor | TopKTail,
+        weights: torch.Tensor,
+        gradient: torch.Tensor,
     ) -> torch.Tensor:
-        coarse = coarsen_(student, said.ids, temperature)
-        teacher = said.log_prob.to(coarse.logits.dtype, copy=True)
-        slope, one = torch.empty_like(coarse.logits), Temperatures(1.0, 1.0)
-        # Its temperature is in the logits already.
+        """`rows_` over the entries of `teacher`; `temperature` divides the student's logits."""
         function = implementation(student, self.spec).divergence_rows_
-        scaled = (weights / temperature).to(slope.dtype)
-        results = function(coarse.logits.clone(), teacher, self.spec, one, scaled, slope)
-        refine(coarse, slope, gradient)
+        if not isinstance(said, TopKTail):
+            temperatures = Temperatures(temperature, self.spec.temperature / self.teacher.unit)
+            return function(student, said, self.spec, temperatures, weights, gradient)
+        coarse = coarsen_(student, said.named, temperature)
+        teacher, one = said.log_prob.to(coarse.logits.dtype, copy=True), Temperatures(1.0, 1.0)
+        # The temperature is in the logits already.
+        scaled = (weights / temperature).to(coarse.logits.dtype)
+        results = function(coarse.logits, teacher, self.spec, one, scaled, coarse.logits)
+        refine(coarse, coarse.logits, gradient)
         return results
 
 
@@ -343,6 +378,9 @@ class _Sorting:
 
     @classmethod
     def of(cls, teacher: LogitSource) -> "_Sorting":
+        if isinstance(teacher, InSharedVocabulary):
+            inside = cls.of(teacher.source)
+            return cls(replace(teacher, source=inside.teacher), inside.order)
         if not isinstance(teacher, MixtureLogits) or (order := teacher.order()) is None:
             return cls(teacher, None)
         return cls(teacher.tokens(order), order)
@@ -371,6 +409,8 @@ class _Chunk(NamedTuple):
 
 def _memory(logits: LogitSource, tokens: int) -> Optional[torch.Tensor]:
     """For the logits of a chunk; None if they are not projected. To allocate once saves a page fault per 4 KiB."""
+    if isinstance(logits, SharedLogits):
+        return _memory(logits.source, tokens)
     if not isinstance(logits, LinearLogits):
         return None
     return logits.hidden.new_empty((tokens, logits.shape[-1]), dtype=logits.dtype)
@@ -405,7 +445,7 @@ class _HeadDivergence(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, whole, target, token_weights, needs_gradients):
         head = whole.cut(target.vocab)
         gradients = _HeadGradients(whole, tuple(needs_gradients and needs for needs in ctx.needs_input_grad[:3]))
-        results = hidden.new_empty((len(TokenDivergence._fields) + target.teachers, len(hidden)), dtype=whole.dtype)
+        results = hidden.new_empty((target.fields + target.teachers, len(hidden)), dtype=whole.dtype)
         token_weights = token_weights.to(results.dtype)
         # At most one in the products, so that the 16-bit gradients of a mean over many tokens do not vanish.
         largest = torch.linalg.vector_norm(token_weights, torch.inf) if len(hidden) else token_weights.new_ones(())
@@ -482,8 +522,9 @@ def divergence_of_head(
     Args:
         head: the student's logits (n, V_s); gradients flow to its tensors.
         teacher: logits (n, V_t); never receives a gradient. Where V_s and V_t differ, both are cut to the shorter. Or
-            the k largest entries and the rest (`buckets.py`), taken at the temperature of `spec`: divergence and
-            statistics are then those between distributions over k + 1 outcomes.
+            the k largest entries and the rest, or those of a shared vocabulary and the rest (`buckets.py`), taken at
+            the temperature of `spec`: divergence and statistics are then those between distributions over k + 1
+            outcomes.
         token_weights: (n,), a promise: the loss is, up to a common factor, sum_i token_weights[i] * divergence[i].
 
     Returns:
@@ -502,9 +543,9 @@ def divergence_by_teacher(
     spec: DivergenceSpec,
     token_weights: torch.Tensor,
 ) -> tuple[TokenDivergence, torch.Tensor]:
-    """`divergence_of_head`, and KL(S||T_k) in nats of each of the K teachers of a `MixtureLogits`, (K, n).
+    """`divergence_of_head`, and the rows of `extra_columns`, (rows, n): without gradient, and none for most teachers.
 
-    The KLs have no gradient. They are NaN at the tokens that a teacher has no weight in. K is 0 for other teachers.
+    The KLs, in nats, are NaN at the tokens that a teacher has no weight in.
     """
     _Target.of(head, teacher, spec)
     _require_per_token("token_weights", token_weights, head.shape[0])
@@ -516,6 +557,18 @@ def divergence_by_teacher(
             head.hidden, head.weight, head.bias, head, target, sorting.sort(token_weights), needs_gradients
         )
     return _tokens_and_teachers(sorting.restore(columns))
+
+
+def extra_columns(teacher: LogitSource) -> list[str]:
+    """What `divergence_by_teacher` and `tokens_by_teacher` say of a token beside the divergence.
+
+    `REST_MASSES` for a teacher of a shared vocabulary: the probability of the entries that only the teacher has, and
+    of those that only the student has. The name, after `KL_TO`, of each teacher of a mixture: KL(S||T_k).
+    """
+    is_shared = isinstance(teacher, InSharedVocabulary)
+    inside = teacher.source if isinstance(teacher, InSharedVocabulary) else teacher
+    names = inside.names if isinstance(inside, MixtureLogits) else ()
+    return [*(REST_MASSES if is_shared else ()), *(f"{KL_TO}{name}" for name in names)]
 
 
 def _tokens_and_teachers(columns: list[torch.Tensor]) -> tuple[TokenDivergence, torch.Tensor]:
@@ -572,8 +625,7 @@ class _HeadTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, target, labels, log_prob_temperature):
-        fields = 2 + len(TokenDivergence._fields) + target.teachers
-        results = hidden.new_empty((fields, len(hidden)), dtype=head.dtype)
+        results = hidden.new_empty((2 + target.fields + target.teachers, len(hidden)), dtype=head.dtype)
         for chunk in _token_chunks(head, target, needs_gradients=False):
             tokens = chunk.tokens
             results[:, tokens] = _token_results(head, target, chunk, labels[tokens], log_prob_temperature)
@@ -602,10 +654,10 @@ class _HeadTokens(torch.autograd.Function):
 def _token_results(
     head: LinearLogits, target: _Target, chunk: _Chunk, labels: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """log_prob, entropy, the fields of TokenDivergence and each teacher's KL, (8 + K, chunk)."""
+    """log_prob, entropy, the target's fields and each teacher's KL, (2 + fields + K, chunk)."""
     student = _student_logits(head, chunk)
     teacher, kls = target.compare(head, chunk, student)
-    results = student.new_empty((2 + len(TokenDivergence._fields), len(student)))
+    results = student.new_empty((2 + target.fields, len(student)))
     for rows in cache_blocks(student):
         policy = _Policy.of(student[rows], labels[rows], temperature / head.unit, head.weight.dtype)
         results[:2, rows] = torch.stack((policy.log_prob, policy.entropy))
@@ -668,7 +720,7 @@ def tokens_by_teacher(
     labels: torch.Tensor,
     log_prob_temperature: float = 1.0,
 ) -> tuple[PolicyTokens, torch.Tensor]:
-    """`tokens_of_head`, and the KL to each of several teachers as in `divergence_by_teacher`."""
+    """`tokens_of_head`, and more of each token as in `divergence_by_teacher`."""
     _Target.of(head, teacher, spec)
     _require_per_token("labels", labels, head.shape[0])
     if labels.dtype != torch.int64:

@@ -35,12 +35,14 @@ from tensordict import TensorDict
 from verl.on_policy_distillation.config import HYBRID, PURE, RL_TERM, DistillationLossConfig
 from verl.on_policy_distillation.divergence import DivergenceSpec, LogitSource, TokenDivergence
 from verl.on_policy_distillation.head import (
+    KL_TO,
+    REST_MASSES,
     LinearLogits,
     divergence_by_teacher,
     divergence_of_head,
+    extra_columns,
     tokens_by_teacher,
 )
-from verl.on_policy_distillation.mixture import MixtureLogits
 from verl.on_policy_distillation.token_choice import EVERY_TOKEN, ChosenTokens, TokenChoice, choose
 from verl.on_policy_distillation.tokens import TokenPlan, padded_response_mask, plan_tokens, response_rows
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, register_policy_loss
@@ -64,8 +66,6 @@ __all__ = [
 
 # The student's and the teacher's logits of the n tokens of a plan -> named columns (n,), with their graph.
 HeadColumns = Callable[[LinearLogits, LogitSource], dict[str, torch.Tensor]]
-
-_KL_TO = "kl_to/"  # how the names of the columns begin that hold KL(S||T_k) of one of several teachers
 
 # The columns of chosen tokens: what each contributes to the loss, with its graph, and whether it is kept (1.0 or 0.0).
 _CONTRIBUTION, _KEPT = "contribution", "kept"
@@ -277,9 +277,7 @@ def _policy_columns(
 
 
 def _named(teacher: LogitSource, by_teacher: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A column for each of several teachers: the KL to it."""
-    names = teacher.names if isinstance(teacher, MixtureLogits) else ()
-    return {f"{_KL_TO}{name}": kl for name, kl in zip(names, by_teacher, strict=True)}
+    return dict(zip(extra_columns(teacher), by_teacher, strict=True))
 
 
 _HEAD_COLUMNS = {PURE: _columns_of_pure, HYBRID: _columns_of_hybrid}
@@ -360,18 +358,23 @@ def _divergence_loss(
 
 
 def _teacher_metrics(model_output: Mapping[str, torch.Tensor], plan: TokenPlan, data: TensorDict) -> dict[str, Metric]:
-    """Of each of several teachers: the share of tokens that it speaks for, and, times that share, the mean KL to it."""
+    """Of each of several teachers: the share of tokens that it speaks for, and, times that share, the mean KL to it.
+
+    With a shared vocabulary, the means of what both sides have outside of it.
+    """
     tokens_of_a_rank = max(data["batch_num_tokens"], 1) / data["dp_size"]
-    names = [column.removeprefix(_KL_TO) for column in model_output if column.startswith(_KL_TO)]
-    if not names:
-        return {}
-    kls = torch.stack([plan.collect(model_output[f"{_KL_TO}{name}"]).detach() for name in names])
-    sums = torch.stack((kls.nansum(-1), (~kls.isnan()).sum(-1).to(kls.dtype))) / tokens_of_a_rank
-    return {
-        f"distillation/{name}/{key}": Metric(AggregationType.SUM, value)
-        for key, values in zip(("kl", "share"), sums.tolist(), strict=True)
-        for name, value in zip(names, values, strict=True)
-    }
+    names = [column.removeprefix(KL_TO) for column in model_output if column.startswith(KL_TO)]
+    masses = [name for name in REST_MASSES if name in model_output]
+    metrics: dict[str, float] = {}
+    if names:
+        kls = torch.stack([plan.collect(model_output[f"{KL_TO}{name}"]).detach() for name in names])
+        sums = torch.stack((kls.nansum(-1), (~kls.isnan()).sum(-1).to(kls.dtype))) / tokens_of_a_rank
+        for key, values in zip(("kl", "share"), sums.tolist(), strict=True):
+            metrics |= {f"distillation/{name}/{key}": value for name, value in zip(names, values, strict=True)}
+    for name in masses:
+        mass = plan.collect(model_output[name]).detach().sum().item()
+        metrics[f"distillation/{name}"] = mass / tokens_of_a_rank
+    return {name: Metric(AggregationType.SUM, value) for name, value in metrics.items()}
 
 
 def _collect(model_output: Mapping[str, torch.Tensor], plan: TokenPlan) -> TokenDivergence:

@@ -23,13 +23,25 @@ from typing import Protocol
 
 import torch
 
-from verl.on_policy_distillation.buckets import TopKTail
+from verl.on_policy_distillation.buckets import InSharedVocabulary, SharedLogits, SharedVocabulary, TopKTail
 from verl.on_policy_distillation.divergence import DenseLogits, LogitSource
 from verl.on_policy_distillation.head import LinearLogits
 from verl.on_policy_distillation.mixture import MixtureLogits, MixturePart
 from verl.on_policy_distillation.output_projection import OutputProjection
 
-__all__ = ["NO_ROW", "HiddenStates", "Logits", "MissingRows", "Mixture", "RowIds", "Signal", "SignalStore", "TopK"]
+__all__ = [
+    "NO_ROW",
+    "HiddenStates",
+    "Logits",
+    "MissingRows",
+    "Mixture",
+    "RowIds",
+    "SharedEntries",
+    "Signal",
+    "SignalStore",
+    "ToStudent",
+    "TopK",
+]
 
 NO_ROW = -1  # the id of samples whose rows nobody wants: they keep ranks in step
 _IDS_PER_RANK = 1 << 40
@@ -102,6 +114,30 @@ class TopK:
 
     def logits(self) -> TopKTail:
         return self.values
+
+
+@dataclass(frozen=True)
+class SharedEntries:
+    """What `signal` says of the shared entries and, as one, of all others; see `SharedLogits`."""
+
+    signal: Signal
+    shared: SharedVocabulary
+    temperature: float
+
+    def logits(self) -> SharedLogits:
+        return SharedLogits(self.signal.logits(), self.shared, self.temperature)
+
+
+@dataclass(frozen=True)
+class ToStudent:
+    """`signal`, which is over the shared entries and the rest, said to a student with `vocab` entries."""
+
+    signal: Signal
+    shared: SharedVocabulary
+    vocab: int
+
+    def logits(self) -> InSharedVocabulary:
+        return InSharedVocabulary(self.signal.logits(), self.shared, self.vocab)
 
 
 class MissingRows(KeyError):

@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 
 from verl.on_policy_distillation import engine_fsdp  # registers the engines
-from verl.on_policy_distillation.buckets import TopKTail, top_k_tail
+from verl.on_policy_distillation.buckets import SharedVocabulary, TopKTail, top_k_tail
 from verl.on_policy_distillation.config import SELF, TeacherConfig, teacher_groups
 from verl.on_policy_distillation.divergence import LogitSource
 from verl.on_policy_distillation.engine_fsdp import ENDS_IN_ROWS, TEACHER_ROW
@@ -45,10 +45,13 @@ from verl.on_policy_distillation.signal import (
     MissingRows,
     Mixture,
     RowIds,
+    SharedEntries,
     Signal,
     SignalStore,
     TopK,
+    ToStudent,
 )
+from verl.on_policy_distillation.vocabulary import shared_ids
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.device import get_device_id, get_device_name
@@ -89,7 +92,12 @@ class _Scorer:
     @property
     def vocab(self) -> int:
         """Entries of its vocabulary."""
-        return self._worker.model_config.hf_config.get_text_config().vocab_size
+        return _vocab_of(self._worker)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Its tokenizer's entries."""
+        return self._worker.model_config.tokenizer.get_vocab()
 
     def score(self, data: TensorDict) -> None:
         """Keep the rows (supervised tokens, width) of each sample, in ``payload_dtype``, in `store`."""
@@ -144,6 +152,20 @@ class Teacher(_Scorer):
         # VERL has measured the free memory for the rollout engines already, or is about to.
         aggressive_empty_cache(force_sync=True)
         worker.engine.connect(self.store.put, PrecisionType.to_dtype(config.payload_dtype))
+
+    def score(self, data: TensorDict) -> None:
+        super().score(self._readable(data))
+
+    def _readable(self, data: TensorDict) -> TensorDict:
+        """With its padding token in place of the student's tokens that it has no embedding for."""
+        ids = data["input_ids"]
+        is_unread = ids.values() >= self.vocab
+        if not is_unread.any():
+            return data
+        values = ids.values().masked_fill(is_unread, self._config.model.tokenizer.pad_token_id)
+        data = data.copy()
+        data["input_ids"] = torch.nested.nested_tensor_from_jagged(values, ids.offsets())
+        return data
 
     def release(self) -> None:
         """Forget what was said."""
@@ -267,8 +289,13 @@ class Teachers:
     def __init__(self, config: DictConfig, temperature: float, student: TrainingWorker):
         self._routes, self._temperature = Routes.of(config), temperature
         self._teachers = {name: _teacher(group, student) for name, group in teacher_groups(config).items()}
-        vocab = student.model_config.hf_config.get_text_config().vocab_size
-        self._vocab = min(vocab, *(teacher.vocab for teacher in self._teachers.values()))
+        self._student_vocab, self._shared = _vocab_of(student), None
+        self._vocab = min(self._student_vocab, *(teacher.vocab for teacher in self._teachers.values()))
+        if config.vocab == "shared":
+            tokens = [teacher.tokens for teacher in self._teachers.values()]
+            ids = shared_ids([student.model_config.tokenizer.get_vocab(), *tokens])
+            self._shared = SharedVocabulary.of(ids, get_device_name())
+            self._vocab = self._shared.size + 1
         self._top_k = TopKStore(config.topk, self._vocab, temperature) if config.payload == "topk" else None
         self._ids = RowIds(next(iter(self._teachers.values())).dp_rank)
         self._shares: dict[int, torch.Tensor] = {}
@@ -304,7 +331,8 @@ class Teachers:
     def signal(self, micro_batch: TensorDict, student: LinearLogits) -> Signal:
         """What was said of a micro-batch's supervised tokens, in their order; `student`: the student's head."""
         ids, device = micro_batch[TEACHER_ROW].cpu(), student.hidden.device
-        return self._said(ids, device, student) if self._top_k is None else TopK(self._top_k.get(ids, device))
+        said = self._said(ids, device, student) if self._top_k is None else TopK(self._top_k.get(ids, device))
+        return said if self._shared is None else ToStudent(said, self._shared, self._student_vocab)
 
     def follow(self) -> None:
         """Take note of an update of the student."""
@@ -365,11 +393,23 @@ class Teachers:
             teacher.release()
 
     def _signal_of(self, name: str, ids: torch.Tensor, device: torch.device, student: Optional[LinearLogits]) -> Signal:
+        signal = self._whole_signal_of(name, ids, device, student)
+        return signal if self._shared is None else SharedEntries(signal, self._shared, self._temperature)
+
+    def _whole_signal_of(
+        self, name: str, ids: torch.Tensor, device: torch.device, student: Optional[LinearLogits]
+    ) -> Signal:
+        """Over the teacher's own vocabulary."""
         teacher = self._teachers[name]
         rows = teacher.store.get(ids, device)
         if isinstance(teacher, StudentAsTeacher):
             return HiddenStates(rows, partial(teacher.projection, student))
         return Logits(rows) if self._projections is None else HiddenStates(rows, partial(self._projections.get, name))
+
+
+def _vocab_of(worker: TrainingWorker) -> int:
+    """Entries of its model's vocabulary."""
+    return worker.model_config.hf_config.get_text_config().vocab_size
 
 
 def _teacher(group: DictConfig, student: TrainingWorker) -> "Teacher | StudentAsTeacher":
