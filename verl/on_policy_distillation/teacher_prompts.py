@@ -62,7 +62,7 @@ class PromptSettings:
     @classmethod
     def of(cls, config: DictConfig) -> Optional["PromptSettings"]:
         """Read the trainer's configuration; None where the teacher sees the student's prompt."""
-        key, longest = config.teacher.prompt_key, config.teacher.max_prompt_length
+        key, longest = (config.teacher.get(name, None) for name in ("prompt_key", "max_prompt_length"))
         if key is None:
             return None
         data = config.data
