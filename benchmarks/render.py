@@ -213,11 +213,44 @@ def trainer_update() -> str | None:
     return "\n\n".join((condition, table(header, rows), note))
 
 
+def teachers() -> str | None:
+    facts = load("teachers_cpu")
+    if facts is None:
+        return None
+    sizes, medians, m = facts["sizes"], facts["medians"], facts["machine"]
+    condition = (
+        f"`benchmarks/trainer_update.py run teachers`, {m['date']}. {m['device']}, {m['cores']} cores, torch "
+        f"{m['torch']}. {sizes['tokens']:,} response tokens in one micro-batch, V = {sizes['vocab']:,}, all models with "
+        f"{sizes['layers']} layers of width {sizes['hidden']}, FSDP2 on one rank. Medians of {facts['repeats']} steps "
+        "after a warm-up, interleaved. What is resident before the update is the process with all its models and what "
+        "the teachers have said; a processor's memory is host and device at once."
+    )
+    titles = {
+        "pure": "one teacher",
+        "routed_2": "two teachers, routed",
+        "routed_4": "four teachers, routed",
+        "mixed_2": "two teachers, mixed",
+        "mixed_4": "four teachers, mixed",
+        "topk": "one teacher, top 64 and the rest",
+        "self": "the initial student",
+        "self_lora": "a LoRA's base",
+    }
+    header = ["teacher", "scoring, s", "update, s", "step, s", "resident before the update, MB", "update's extra, MB"]
+    fields = ("prepare_s", "update_s", "step_s", "before_update_mb", "update_extra_mb")
+    rows = [
+        [title, *(number(medians[kind][field]) for field in fields)]
+        for kind, title in titles.items()
+        if kind in medians
+    ]
+    return "\n\n".join((condition, table(header, rows)))
+
+
 SECTIONS = {
     "linear_divergence_cpu": ("Two linear heads, on a processor", lambda: linear_divergence("cpu")),
     "linear_divergence_cuda": ("Two linear heads, on CUDA", lambda: linear_divergence("cuda")),
     "trainer_update_cpu": ("One step of the trainer without its rollout, on a processor", trainer_update),
     "payloads_cpu": ("What is kept of a teacher, and what it leaves out", payloads),
+    "teachers_cpu": ("Several teachers, and the student as its own", teachers),
     "sparse_columns_cpu": ("Below the floor: skipping columns of the gradient", sparse_columns),
 }
 
