@@ -220,7 +220,7 @@ def teachers() -> str | None:
     sizes, medians, m = facts["sizes"], facts["medians"], facts["machine"]
     condition = (
         f"`benchmarks/trainer_update.py run teachers`, {m['date']}. {m['device']}, {m['cores']} cores, torch "
-        f"{m['torch']}. {sizes['tokens']:,} response tokens in one micro-batch, V = {sizes['vocab']:,}, all models with "
+        f"{m['torch']}. {sizes['tokens']:,} response tokens in one micro-batch, V = {sizes['vocab']:,}, models with "
         f"{sizes['layers']} layers of width {sizes['hidden']}, FSDP2 on one rank. Medians of {facts['repeats']} steps "
         "after a warm-up, interleaved. What is resident before the update is the process with all its models and what "
         "the teachers have said; a processor's memory is host and device at once."
