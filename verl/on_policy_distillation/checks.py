@@ -702,7 +702,7 @@ def _warn_of_other_habits(student: str, teacher: str, ours: Any, theirs: Any) ->
     """The ids may agree, and still the teacher expect other texts than the student writes."""
     if ours.eos_token != theirs.eos_token:
         logger.warning(
-            "%s ends a text with %r, %s with %r: the student learns to end where and as the teacher does.",
+            "%s ends a text with %r, %s with %r: what the student learns to write at an end may not stop its rollouts.",
             teacher,
             theirs.eos_token,
             student,
