@@ -19,3 +19,8 @@ def copy_unpatched_verl(folder):
         shutil.copytree(Path(tree) / "verl", Path(folder) / "verl", ignore=shutil.ignore_patterns("__pycache__"))
     else:
         make_patch.unpack_verl(make_patch.verl_pin(), folder)
+
+
+def pytest_collection_modifyitems(items):
+    """The file that takes the longest first, so that it does not run alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_trainer.py")

@@ -524,4 +524,5 @@ def test_the_trainer_refuses_within_seconds(override, message, models, tmp_path)
     output, seconds = start_trainer(PURE, *models, override)
     assert message in output
     assert "ray init" not in output
-    assert seconds < 15  # about 6 on an idle machine, nearly all of it imports
+    # About 6 on an idle machine, nearly all of it imports. Other tests run beside this one, so it has a second try.
+    assert seconds < 15 or start_trainer(PURE, *models, override)[1] < 15
