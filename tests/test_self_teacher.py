@@ -19,7 +19,7 @@ The "updates" of self_process.py multiply all weights by a constant, so what any
 import pytest
 import torch
 from self_process import FAILS, GROWTH, STEP, UPDATES
-from test_engine import LORA, MICRO, PURE, divergence, make_batch, response_logits, run_workers, sharpened
+from test_engine import LORA, LOSS, MICRO, PURE, divergence, make_batch, response_logits, run_workers, sharpened
 from test_routing import config_of
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +27,7 @@ from verl.on_policy_distillation.checks import validate
 from verl.on_policy_distillation.self_teacher import Moving, ShadowWeights
 
 SELF = (PURE, f"{MICRO}=2", "teacher.model.path=self")
+HYBRID = (f"{LOSS}.loss_mode=hybrid_rl_distillation", f"{LOSS}.hybrid_lambda_rl=0")
 EMA, REFRESH = "teacher.ema=0.9", "teacher.refresh_freq=2"
 SCALE = 8 / 4  # of LORA: alpha / rank
 
@@ -53,12 +54,14 @@ CASES = {
     "packed": ((*SELF, "actor_rollout_ref.model.use_remove_padding=True"), "student", frozen),
     "offloaded": ((*SELF, "actor_rollout_ref.actor.fsdp_config.param_offload=True"), "student", frozen),
     "tied": (SELF, "tied", frozen),
+    "hybrid": ((*SELF, *HYBRID), "student", frozen),
     "ema": ((*SELF, EMA, FAILS), "student", averaged),
     "refreshed": ((*SELF, REFRESH), "student", refreshed),
     "top_k": ((*SELF, "teacher.payload=topk", "teacher.topk=258"), "student", frozen),
 }
 LORA_CASES = {
     "lora": ((*SELF, *LORA), lambda student: [0.0] * UPDATES),
+    "lora_hybrid": ((*SELF, *LORA, *HYBRID), lambda student: [0.0] * UPDATES),
     "lora_ema": ((*SELF, *LORA, EMA), averaged),
     "lora_top_k": ((*SELF, *LORA, "teacher.payload=topk", "teacher.topk=258"), lambda student: [0.0] * UPDATES),
 }
@@ -161,6 +164,27 @@ def check_lora(name, result, checkpoints, batch, ranks):
                 weights[target].add_(SCALE * b @ a.double())
             expected = supervised_logits(model, batch[0::ranks])
         assert_said(result["said"][number], expected, name)
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_hybrid"])
+def test_with_lora_the_student_learns_from_its_base(name, one_rank, checkpoints, batch):
+    """Of the adapters' gradients: those of the second matrix, from those of the merged weight."""
+    result, model = one_rank[name], scaled(checkpoints["student"], 1.0)
+    with torch.no_grad():
+        target = supervised_logits(model, batch)
+        weights, merged = dict(model.named_parameters()), {}
+        for adapter, a in result["adapters"].items():
+            if ".lora_A" in adapter:
+                weight = adapter.removeprefix("base_model.model.").split(".lora_A")[0] + ".weight"
+                merged[weight] = adapter, a.double()
+                b = torch.full((weights[weight].shape[0], a.shape[0]), STEP * UPDATES, dtype=torch.float64)
+                weights[weight].add_(SCALE * b @ a.double())
+    loss = divergence(supervised_logits(model, batch), target, "reverse_kl", 1.0, 1.0).mean()
+    loss.backward()
+    assert result["losses"][-1] == pytest.approx(loss.item(), rel=1e-3)
+    for weight, (adapter, a) in merged.items():
+        found = result["gradients"][adapter.replace("lora_A", "lora_B")].double()
+        torch.testing.assert_close(found, SCALE * weights[weight].grad @ a.T, rtol=2e-3, atol=2e-5, msg=weight)
 
 
 @pytest.mark.parametrize("name", LORA_CASES)
