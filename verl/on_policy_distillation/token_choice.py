@@ -25,11 +25,13 @@ sampled tokens Wang et al., "Beyond the 80/20 Rule", arXiv:2506.01939; in distil
 in On-Policy Distillation", arXiv:2604.14084), the divergence that is minimized (`top_divergence`; its second axis), or
 the same for all, which keeps the first k_i (`prefix`; Zhang et al., arXiv:2602.15260).
 
-Chosen per sequence. The papers rank the tokens of a batch: the first takes the top of each batch, TIP's released code
-draws by entropy among all tokens it is given at once. Here a batch is cut into micro-batches and over ranks, and a rank
-among the tokens of a micro-batch would make the gradient depend on the cut. A rank within the sequence does not. The
-factor n_i / k_i leaves each sequence the weight that it has without a choice, under every ``loss_agg_mode``: the mean
-of a sequence's contributions is that of its kept tokens' divergences.
+Chosen per sequence, as TIP does: the top floor(f n_i) of a rollout (its eq. 8; here the ceiling, so that none is left
+empty), and the mean over those (eq. 9), which ``seq-mean-token-mean`` makes of the factor. TIP's table 3, where half of
+the tokens match all, draws tokens with probabilities in proportion to the entropy; here the largest are taken. The
+first paper has one threshold for a whole batch. Here a batch is cut into micro-batches and over ranks, and a rank among
+the tokens of a micro-batch would make the gradient depend on the cut. A rank within the sequence does not. The factor
+n_i / k_i leaves each sequence the weight that it has without a choice, under every ``loss_agg_mode``: the mean of a
+sequence's contributions is that of its kept tokens' divergences.
 
 The clamp bounds a token's divergence, never one entry of the vocabulary: those terms are signed, and to cut the
 positive ones alone would bias the sum.
