@@ -5,4 +5,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 scripts/bootstrap.sh
 # Two files of tests at a time, of one thread each: -n 0 runs one after the other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec .venv/bin/python -m pytest tests -n 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -224,11 +224,12 @@ def build_summary(patch):
     for name, what in PACKAGE.items():
         text = patch if name == PATCH.name else (ROOT / name).read_bytes()
         package.append(f"  {name:<42} {len(text) / 1024:>4.0f} KB {text.count(10):>6,}  {what}")
+    keys = PRESET.read_text(encoding="utf-8").split("\n\n", 2)[2]
     page = PAGE.format(
         releases=" and ".join(SUPPORTED_RELEASES),
         branch=SUPPORTED_BRANCH,
         package="\n".join(package),
-        keys=textwrap.indent(PRESET.read_text(encoding="utf-8").split("\n\n", 2)[2].rstrip(), "  "),
+        keys=textwrap.indent(keys.rstrip().replace("\n\n", "\n"), "  "),
         files=re.search("\n---\n(.*?)\n\ndiff --git ", patch.decode("utf-8"), flags=re.DOTALL)[1],
     )
     return page.encode("utf-8")
