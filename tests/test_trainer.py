@@ -33,7 +33,7 @@ from conftest import ROOT, copy_unpatched_verl
 from datasets import Dataset
 from fork import make_fork
 from metrics import accuracy, metric_files, next_metric_file, read_metrics, read_run
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLE = ROOT / "examples" / "on_policy_distillation"
 ACTOR = "actor_rollout_ref.actor"
@@ -409,3 +409,31 @@ def test_a_row_without_a_teacher_ends_the_run_before_any_model_is_loaded(files, 
     log = (tmp_path / "0000.log").read_text(errors="replace")
     assert "row 0 has data_source=" in log and "teacher.models has the routes ['carries', 'sums']" in log
     assert "model engine initialized" not in log
+
+
+def test_a_teacher_with_added_tokens_and_a_switch_between_the_kls(files, tmp_path):
+    """The teacher's tokenizer has a token of its own, on which it puts mass, and padding."""
+    teacher = tmp_path / "teacher"
+    tiny_model(teacher, hidden=TEACHER_HIDDEN, seed=2, vocab_size=264)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_tokens(["<added>"])
+    tokenizer.save_pretrained(teacher)
+    steps = run(
+        files,
+        tmp_path,
+        *PURE,
+        f"teacher.model.path={teacher}",
+        "teacher.vocab=shared",
+        f"{ACTOR}.policy_loss.distillation_entropy_threshold=1.0",
+        "trainer.total_training_steps=3",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=-1",
+    )
+    for metrics in steps.values():
+        assert 0.005 < metrics["distillation/teacher_rest_mass"] < 0.1  # 6 entries of 264, untrained
+        assert metrics["distillation/student_rest_mass"] == 0.0  # its embedding has no others
+    # An untrained teacher is nearly uniform: above the threshold everywhere, where forward KL is the loss.
+    assert steps[1]["distillation/teacher_entropy"] > 4.0
+    assert steps[1]["distillation/loss"] == pytest.approx(steps[1]["distillation/forward_kl"], rel=1e-4)
+    assert steps[1]["distillation/loss"] != pytest.approx(steps[1]["distillation/kl"], rel=1e-2)
