@@ -40,7 +40,7 @@ from typing import Optional, Protocol
 import torch
 
 from verl.on_policy_distillation import divergence as divergence_module
-from verl.on_policy_distillation.divergence import LogitSource, chunks
+from verl.on_policy_distillation.divergence import LogitSource, chunks, temper_
 
 __all__ = [
     "Coarse",
@@ -130,10 +130,7 @@ class Coarse:
 
 def coarsen_(logits: torch.Tensor, named: NamedEntries, temperature: float) -> Coarse:
     """x_A and x_rest of x = logits / temperature. Overwrites `logits` (rows, V), and may return a part of it."""
-    if temperature != 1.0:
-        # The maximum goes first: a common offset must not cost the quotient its digits. It drops out of softmax.
-        logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
-    x_named, others = named.split_(logits)
+    x_named, others = named.split_(temper_(logits, temperature))
     x_rest = others.logsumexp(-1, keepdim=True)  # -inf, which is a probability of zero, where there is nothing
     return Coarse(named.with_rest_(logits, x_named, x_rest), x_rest, others, named)
 
@@ -211,18 +208,19 @@ def top_k_tail(source: LogitSource, k: int, temperature: float) -> TopKTail:
     num_tokens, vocab = source.shape
     if not 0 < k <= vocab:
         raise ValueError(f"k={k} of a vocabulary of {vocab} entries: choose 1 to {vocab}.")
-    ids, log_probs = [torch.empty((0, k), dtype=torch.int32)], [torch.empty((0, k + 1))]
+    if not num_tokens:
+        return TopKTail(torch.empty((0, k), dtype=torch.int32), torch.empty((0, k + 1)), vocab, temperature)
+    ids, log_probs = [], []
     for chunk in chunks(num_tokens, vocab, divergence_module.CHUNK_ELEMENTS):
         logits = source.in_units(chunk)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        log_p = torch.log_softmax(logits.mul_(source.unit / temperature), dim=-1)
+        log_p = torch.log_softmax(temper_(logits, temperature / source.unit), dim=-1)
         top, index = log_p.topk(k, dim=-1)
         # Not 1 - sum: a small rest would have no digits left.
         rest = log_p.scatter_(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
         ids.append(index.to(torch.int32))
         log_probs.append(torch.cat((top, rest), -1))
-    first = 0 if len(ids) == 1 else 1  # the empty ones are of a device and a dtype that nobody has chosen
-    return TopKTail(torch.cat(ids[first:]), torch.cat(log_probs[first:]), vocab, temperature)
+    return TopKTail(torch.cat(ids), torch.cat(log_probs), vocab, temperature)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ __all__ = [
     "mixture_sums",
     "normalize",
     "statistics",
+    "temper_",
     "token_divergence",
 ]
 
@@ -389,6 +390,14 @@ def cache_blocks(logits: torch.Tensor) -> list[slice]:
     """Slices of rows that stay in a processor's cache; all rows at once on devices that stream from memory."""
     elements = CACHED_BLOCK_ELEMENTS if logits.device.type == "cpu" else logits.numel()
     return list(chunks(len(logits), logits.shape[-1], elements))
+
+
+def temper_(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """`logits` (rows, V) over the temperature, up to an offset of each row, which drops out of softmax; in place."""
+    if temperature != 1.0:
+        # The maximum goes first: a common offset must not cost the quotient its digits.
+        logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
+    return logits
 
 
 def log_zero_(log_p: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,7 @@ from verl.on_policy_distillation.divergence import (
     cache_blocks,
     chunks,
     log_zero_,
+    temper_,
 )
 from verl.on_policy_distillation.mixture import MixtureLogits, mixture_of
 
@@ -369,24 +370,20 @@ def _rows_of(said: torch.Tensor | TopKTail, rows: slice) -> torch.Tensor | TopKT
     return said.tokens(rows) if isinstance(said, TopKTail) else said[rows]
 
 
-@dataclass(frozen=True)
-class _Sorting:
+class _Sorting(NamedTuple):
     """Puts tokens with the same teachers next to each other, so that each teacher is called once, not once a sample."""
 
-    teacher: LogitSource
     order: Optional[torch.Tensor]
 
     @classmethod
-    def of(cls, teacher: LogitSource) -> "_Sorting":
-        if isinstance(teacher, InSharedVocabulary):
-            inside = cls.of(teacher.source)
-            return cls(replace(teacher, source=inside.teacher), inside.order)
-        if not isinstance(teacher, MixtureLogits) or (order := teacher.order()) is None:
-            return cls(teacher, None)
-        return cls(teacher.tokens(order), order)
+    def of(cls, target: _Target) -> "_Sorting":
+        return cls(target.teacher.order() if isinstance(target.teacher, MixtureLogits) else None)
+
+    def target(self, target: _Target) -> _Target:
+        return target if self.order is None else target._replace(teacher=target.teacher.tokens(self.order))
 
     def head(self, head: LinearLogits) -> LinearLogits:
-        return replace(head, hidden=self.sort(head.hidden))
+        return head if self.order is None else head.tokens(self.order)
 
     def sort(self, values: torch.Tensor) -> torch.Tensor:
         return values if self.order is None else values[self.order]
@@ -547,10 +544,10 @@ def divergence_by_teacher(
 
     The KLs, in nats, are NaN at the tokens that a teacher has no weight in.
     """
-    _Target.of(head, teacher, spec)
+    target = _Target.of(head, teacher, spec)
     _require_per_token("token_weights", token_weights, head.shape[0])
-    sorting = _Sorting.of(teacher)
-    head, target = sorting.head(head), _Target.of(head, sorting.teacher, spec)
+    sorting = _Sorting.of(target)
+    head, target = sorting.head(head), sorting.target(target)
     needs_gradients = torch.is_grad_enabled()  # which a Function's forward cannot see
     with _exact(head):
         columns = _HeadDivergence.apply(
@@ -582,14 +579,6 @@ def _tokens_and_teachers(columns: list[torch.Tensor]) -> tuple[TokenDivergence, 
 # any loss
 
 
-def _tempered_log_softmax(logits: torch.Tensor, temperature: float, out: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits / temperature) in `out`; overwrites `logits` where the temperature is not one."""
-    if temperature != 1.0:
-        # The maximum goes first: a common offset must not cost the quotient its digits.
-        logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
-    return torch.log_softmax(logits, dim=-1, out=out)
-
-
 class _Policy(NamedTuple):
     """The student's tempered distribution over its whole vocabulary: log_p (rows, V), and what RL reads of it (rows,).
 
@@ -608,7 +597,7 @@ class _Policy(NamedTuple):
         there: ratios would not be one at the first update if these logits kept the digits that a wide product has.
         """
         logits = logits.to(dtype).to(logits.dtype, copy=True)
-        log_p = log_zero_(_tempered_log_softmax(logits, temperature, out=torch.empty_like(logits)))
+        log_p = log_zero_(torch.log_softmax(temper_(logits, temperature), dim=-1))
         entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
         return cls(log_p, log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropy)
 
@@ -721,12 +710,12 @@ def tokens_by_teacher(
     log_prob_temperature: float = 1.0,
 ) -> tuple[PolicyTokens, torch.Tensor]:
     """`tokens_of_head`, and more of each token as in `divergence_by_teacher`."""
-    _Target.of(head, teacher, spec)
+    target = _Target.of(head, teacher, spec)
     _require_per_token("labels", labels, head.shape[0])
     if labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype}: pass int64 token ids.")
-    sorting = _Sorting.of(teacher)
-    head, target = sorting.head(head), _Target.of(head, sorting.teacher, spec)
+    sorting = _Sorting.of(target)
+    head, target = sorting.head(head), sorting.target(target)
     with _exact(head):
         columns = _HeadTokens.apply(
             head.hidden, head.weight, head.bias, head, target, sorting.sort(labels), log_prob_temperature

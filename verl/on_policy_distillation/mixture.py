@@ -31,7 +31,7 @@ from typing import Optional
 
 import torch
 
-from verl.on_policy_distillation.divergence import LogitSource, log_zero_
+from verl.on_policy_distillation.divergence import LogitSource, log_zero_, temper_
 
 __all__ = ["MixtureLogits", "MixturePart", "mixture_of", "normalized_weights"]
 
@@ -125,9 +125,7 @@ class MixtureLogits:
             source = source.cut(self.vocab)
         logits = source.in_units(rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # The maximum goes first: a common offset must not cost the quotient its digits.
-        logits = logits.sub_(logits.amax(-1, keepdim=True)).mul_(source.unit / self.temperature)
-        return torch.log_softmax(logits, dim=-1, out=logits)
+        return torch.log_softmax(temper_(logits, self.temperature / source.unit), dim=-1, out=logits)
 
 
 def _added(mixed: Optional[torch.Tensor], here: torch.Tensor, log_p: torch.Tensor, rows: int) -> torch.Tensor:
@@ -150,8 +148,7 @@ class _Student:
 
     @classmethod
     def of(cls, logits: torch.Tensor, temperature: float) -> "_Student":
-        shifted = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
-        log_p = log_zero_(torch.log_softmax(shifted, dim=-1))
+        log_p = log_zero_(torch.log_softmax(temper_(logits.clone(), temperature), dim=-1))
         p = log_p.exp()
         return cls(p, torch.linalg.vecdot(p, log_p))
 
