@@ -315,16 +315,28 @@ class _Target(NamedTuple):
 
     def compare(
         self, head: LinearLogits, chunk: "_Chunk", student: torch.Tensor
-    ) -> tuple[torch.Tensor | TopKTail, torch.Tensor]:
-        """`said`, and KL(S||T_k) of each of `teachers`, (K, chunk)."""
-        if not isinstance(self.teacher, MixtureLogits):
-            return self.said(chunk, student.dtype), student.new_empty((0, len(student)))
+    ) -> tuple[torch.Tensor | TopKTail, Optional[torch.Tensor]]:
+        """`said`, and KL(S||T_k) of each of `teachers`, (K, chunk); None where no token has more than one teacher."""
+        if not isinstance(self.teacher, MixtureLogits) or bool((self.teacher.speaks(chunk.tokens).sum(0) <= 1).all()):
+            return self.said(chunk, student.dtype), None
         temperature = self.spec.temperature / head.unit
         if self.shared is not None:
             student = coarsen_(student.clone(), self.shared.named(len(student)), temperature).logits
             temperature = 1.0
         mixed, kls = self.teacher.compare(chunk.tokens, student, temperature)
         return mixed.to(student.dtype), kls.to(student.dtype)
+
+    def with_kls(self, chunk: "_Chunk", results: torch.Tensor, kls: Optional[torch.Tensor]) -> torch.Tensor:
+        """`results` (`fields`, chunk) of `rows_`, and below them the KLs (K, chunk) that `compare` has found.
+
+        Of tokens with one teacher it finds none: the reverse KL among the results is the one to that teacher.
+        """
+        if not isinstance(self.teacher, MixtureLogits):
+            return results
+        if kls is None:
+            reverse_kl = results[TokenDivergence._fields.index("reverse_kl")]
+            kls = torch.where(self.teacher.speaks(chunk.tokens), reverse_kl, torch.nan)
+        return torch.cat((results, kls))
 
     def rows_(
         self,
@@ -481,7 +493,7 @@ def _one_pass(
     if chunk.before_cap is not None:
         head.uncap_(gradient, chunk.before_cap)
     gradients.add(chunk.tokens, gradient.to(head.weight.dtype))
-    return torch.cat((results, kls))
+    return target.with_kls(chunk, results, kls)
 
 
 def _common_factor(grad_divergence: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
@@ -653,7 +665,7 @@ def _token_results(
         del policy
         shared = student[rows, : target.vocab]
         results[2:, rows] = target.rows_(head, shared, _rows_of(teacher, rows), shared.new_ones(len(shared)), shared)
-    return torch.cat((results, kls))
+    return torch.cat((results[:2], target.with_kls(chunk, results[2:], kls)))
 
 
 def _token_gradient(

@@ -91,6 +91,10 @@ class MixtureLogits:
         assert kls is not None
         return mixed, kls
 
+    def speaks(self, index: torch.Tensor | slice) -> torch.Tensor:
+        """(K, tokens) bool: which teachers have a weight in the tokens `index`."""
+        return torch.stack([part.row[index] >= 0 for part in self.parts])
+
     def order(self) -> Optional[torch.Tensor]:
         """(n,) int64: the tokens, those of the same teachers next to each other; None where all have the same."""
         route = sum((part.row >= 0).long() << k for k, part in enumerate(self.parts))
