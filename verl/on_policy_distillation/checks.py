@@ -47,7 +47,15 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.utils.fs import copy_to_local
 from verl.utils.torch_dtypes import PrecisionType
 
-__all__ = ["loss_mode", "prepare", "refuse_misspelt_overrides", "require_routes", "validate"]
+__all__ = [
+    "loss_mode",
+    "prepare",
+    "refuse_misspelt_overrides",
+    "require_one_prompt",
+    "require_prompts",
+    "require_routes",
+    "validate",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -285,11 +293,14 @@ def require_routes(teacher: DictConfig, dataset: Any) -> None:
         return
     for key in ("routing_key", "weights_key"):
         if teacher[key] is not None and teacher[key] not in names:
-            raise ValueError(
-                f"teacher.{key}={teacher[key]} is no field of the training data, which has {names}: set it to one of "
-                "them."
-            )
+            raise _no_field(key, teacher[key], names)
     routes.shares({column: table[column] for column in routes.columns}, len(table))
+
+
+def _no_field(key: str, value: str, names: list[str]) -> ValueError:
+    return ValueError(
+        f"teacher.{key}={value} is no field of the training data, which has {names}: set it to one of them."
+    )
 
 
 def require_prompts(config: DictConfig, dataset: Any, tokenizer: Any) -> None:
@@ -311,10 +322,7 @@ def require_prompts(config: DictConfig, dataset: Any, tokenizer: Any) -> None:
     if table is None or columns is None or key not in columns:
         if key in (made := list(dataset[0])):
             return
-        raise ValueError(
-            f"teacher.prompt_key={key} is no field of the training data, which has {columns or made}: set it to one of "
-            "them."
-        )
+        raise _no_field("prompt_key", key, columns or made)
     for name in ("image_key", "video_key", "audio_key"):
         column = config.data.get(name, None)
         for row, parts in enumerate(table[column]) if column in columns else ():

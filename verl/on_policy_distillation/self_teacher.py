@@ -60,12 +60,16 @@ class ShadowWeights:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, the module has these weights; afterwards its own again, whatever happened."""
-        traded: list[str] = []
+        traded: set[str] = set()
         try:
-            self._exchange(traded)
+            for name, shard in self._shards():
+                self._trade(name, shard)
+                traded.add(name)
             yield
         finally:
-            self._exchange([], only=traded)
+            for name, shard in self._shards():
+                if name in traded:
+                    self._trade(name, shard)
 
     @torch.no_grad()
     def follow(self, moving: Moving) -> None:
@@ -99,17 +103,11 @@ class ShadowWeights:
         self._updates = state["updates"]
 
     @torch.no_grad()
-    def _exchange(self, traded: list[str], only: Optional[list[str]] = None) -> None:
-        """One parameter after the other, so that the device holds one shard more at a time.
-
-        `traded` gets the names of those that are done; `only`: none but these.
-        """
-        for name, shard in self._shards():
-            if only is None or name in only:
-                value = self._values[name].to(shard.device, copy=True)
-                self._values[name].copy_(shard)
-                shard.copy_(value)
-                traded.append(name)
+    def _trade(self, name: str, shard: torch.Tensor) -> None:
+        """The two values of one parameter. One after the other, so that the device holds one shard more at a time."""
+        value = self._values[name].to(shard.device, copy=True)
+        self._values[name].copy_(shard)
+        shard.copy_(value)
 
     def _shards(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The trainable parameters' memory on this rank.

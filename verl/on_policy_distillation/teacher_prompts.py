@@ -37,7 +37,7 @@ from tensordict import TensorDict
 from verl.utils.tokenizer import normalize_token_ids
 from verl.utils.tokenizer.chat_template import apply_chat_template
 
-__all__ = ["TRUNCATIONS", "PromptSettings", "TeacherPrompts", "with_prompts"]
+__all__ = ["TRUNCATIONS", "PromptSettings", "TeacherPrompts", "listed", "with_prompts"]
 
 TRUNCATIONS = ("error", "left", "right", "middle")  # of VERL's data.truncation
 
@@ -89,7 +89,7 @@ class TeacherPrompts:
         Raises:
             ValueError: a prompt that cannot be used, see `token_ids`; or samples with images, video or audio.
         """
-        return with_prompts(data, self.all_token_ids(_listed(data.pop(self._settings.key))))
+        return with_prompts(data, self.all_token_ids(listed(data.pop(self._settings.key))))
 
     def all_token_ids(self, prompts: Sequence[Any]) -> list[torch.Tensor]:
         """Of each prompt its ids (length,) int64. Equal prompts, as of several rollouts, are tokenised once."""
@@ -158,7 +158,7 @@ def with_prompts(data: TensorDict, prompts: Sequence[torch.Tensor]) -> TensorDic
     Raises:
         ValueError: samples with images, video or audio, whose place in the prompt would be lost.
     """
-    if "multi_modal_inputs" in data and any(_listed(data["multi_modal_inputs"])):
+    if "multi_modal_inputs" in data and any(listed(data["multi_modal_inputs"])):
         raise ValueError(
             "teacher.prompt_key with images, video or audio: they belong to places in the student's prompt, which the "
             "teacher does not see. Leave them, or teacher.prompt_key, out."
@@ -181,7 +181,7 @@ def _nested(rows: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
 
-def _listed(values: Any) -> list[Any]:
+def listed(values: Any) -> list[Any]:
     """The values of a column that is no tensor, or of a field of one of its values."""
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
@@ -190,14 +190,14 @@ def _messages(prompt: Any) -> list[dict[str, Any]]:
     """`prompt` as the messages of a chat."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    messages = _listed(prompt) if _is_list(prompt) else []
+    messages = listed(prompt) if _is_list(prompt) else []
     if not messages:
         raise ValueError("it is neither a string nor a list of chat messages.")
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"{message!r} is no chat message, which has a role and a content.")
         content = message.get("content")
-        for part in _listed(content) if _is_list(content) else ():
+        for part in listed(content) if _is_list(content) else ():
             if isinstance(part, Mapping) and part.get("type", "text") != "text":
                 raise ValueError(f"a message has a part of type {part['type']!r}, and the teacher's prompt is text.")
     return [dict(message) for message in messages]

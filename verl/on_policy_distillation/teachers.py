@@ -51,6 +51,7 @@ from verl.on_policy_distillation.signal import (
     TopK,
     ToStudent,
 )
+from verl.on_policy_distillation.teacher_prompts import listed
 from verl.on_policy_distillation.vocabulary import shared_ids
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
@@ -120,6 +121,10 @@ class _Scorer:
         chosen[TEACHER_ROW][len(wanted) :] = NO_ROW
         self.score(chosen)
 
+    def release(self) -> None:
+        """Forget what was said."""
+        self.store.release()
+
     def _samples_of_a_rank(self, wanted: int) -> int:
         """What the rank with the most samples wants, in whole micro-batches."""
         most = torch.tensor([wanted], device=get_device_name())
@@ -166,10 +171,6 @@ class Teacher(_Scorer):
         data = data.copy()
         data["input_ids"] = torch.nested.nested_tensor_from_jagged(values, ids.offsets())
         return data
-
-    def release(self) -> None:
-        """Forget what was said."""
-        self.store.release()
 
     def read_projection(self, device: torch.device | str | int) -> OutputProjection:
         """Its output projection, from its checkpoint."""
@@ -228,8 +229,7 @@ class StudentAsTeacher(_Scorer):
         return _projection_of(student)
 
     def release(self) -> None:
-        """Forget what was said."""
-        self.store.release()
+        super().release()
         self._head = None
 
     def _keep_head(self, head: LinearLogits) -> None:
@@ -314,7 +314,7 @@ class Teachers:
                 ``responses``; and the fields of the data set that say where a sample goes.
         """
         self.release()
-        fields = {column: _listed(data.pop(column)) for column in self._routes.columns}
+        fields = {column: listed(data.pop(column)) for column in self._routes.columns}
         shares = self._routes.shares(fields, len(data))
         data[TEACHER_ROW] = ids = self._ids.new(len(data))
         self._shares.update(zip(ids.tolist(), shares, strict=True))
@@ -441,8 +441,3 @@ class TopKStore:
     def release(self) -> None:
         self._ids.release()
         self._log_prob.release()
-
-
-def _listed(column) -> list:
-    """The values of a field that is no tensor, one for each sample."""
-    return column.tolist() if hasattr(column, "tolist") else list(column)

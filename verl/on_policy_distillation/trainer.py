@@ -120,6 +120,9 @@ class _TrainerWithTeacher(PPOTrainer):
         super()._init_dataloader()
         require_routes(self.config.teacher, self.train_dataset)
         require_prompts(self.config, self.train_dataset, self.tokenizer)
+        self._prompt_key = self.config.teacher.get("prompt_key", None)
+        columns = [*Routes.of(self.config.teacher).columns, *([self._prompt_key] if self._prompt_key else [])]
+        self._teacher_fields = [*_TEACHER_FIELDS, *columns]
 
     def fit(self, agent_loop_manager: Any) -> None:
         with StorageWatch(self.config, lambda: getattr(self, "logger", None)):
@@ -149,12 +152,10 @@ class _TrainerWithTeacher(PPOTrainer):
         return batch
 
     def _score(self, batch: KVBatchMeta, metrics: dict) -> None:
-        columns = [*Routes.of(self.config.teacher).columns]
-        if prompt_key := self.config.teacher.get("prompt_key", None):
-            require_one_prompt(prompt_key, batch.keys)
-            columns.append(prompt_key)
+        if self._prompt_key:
+            require_one_prompt(self._prompt_key, batch.keys)
         selected = KVBatchMeta(
-            keys=batch.keys, tags=batch.tags, partition_id=batch.partition_id, fields=[*_TEACHER_FIELDS, *columns]
+            keys=batch.keys, tags=batch.tags, partition_id=batch.partition_id, fields=[*self._teacher_fields]
         )
         self.actor_rollout_wg.score(selected)
         if batch.fields is not None:  # a selection, which the update would otherwise keep to
