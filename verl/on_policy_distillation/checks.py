@@ -17,11 +17,13 @@ Every error names the key, its value and the fix.
 """
 
 import difflib
+import functools
 import logging
 import math
 import os
 import re
-from typing import Any, Optional
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -412,8 +414,9 @@ def _check_teacher(config: DictConfig) -> None:
     _check_teacher_settings(config)
     Routes.of(config.teacher)
     _check_moving(config.teacher)
+    student = functools.cache(lambda: _read_model("actor_rollout_ref.model", config.actor_rollout_ref.model))
     if not config.teacher.models:
-        _check_checkpoints(config, "teacher.model")
+        _check_checkpoints(config, "teacher.model", student)
     elif config.teacher.model.path is not None and all("path" in own for own in config.teacher.models.values()):
         raise ValueError(
             f"teacher.model.path={config.teacher.model.path} has no effect, as every one of teacher.models has a path: "
@@ -431,11 +434,37 @@ def _check_teacher(config: DictConfig) -> None:
         with open_dict(config):
             one = OmegaConf.merge(config, {"teacher": group})
         _check_engine(one, "teacher.fsdp_config.strategy", "teacher.fsdp_config", "teacher.model")
-        _check_checkpoints(one, key)
+        _check_checkpoints(one, key, student)
 
 
-def _check_checkpoints(config: DictConfig, key: str) -> None:
-    """Of the student and of the one teacher in `config`, whose model the user has set with the keys below `key`."""
+class _Model(NamedTuple):
+    """What a checkpoint says of itself; `key` and `path`: how the user has named it."""
+
+    key: str
+    path: str
+    config: Any
+    tokenizer: Any
+
+    @property
+    def named(self) -> str:
+        return f"{self.key}={self.path}"
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.get_text_config().vocab_size
+
+
+def _read_model(group: str, settings: DictConfig) -> _Model:
+    """Of the model with the keys below `group`, whose weights are looked at too."""
+    key, path = f"{group}.path", settings.path
+    model = _Model(key, path, _load_config(key, path, settings), _tokenizer(path, settings))
+    if os.path.isdir(_local_path(path)):
+        require_readable(key, _local_path(path))
+    return model
+
+
+def _check_checkpoints(config: DictConfig, key: str, read_student: Callable[[], _Model]) -> None:
+    """Of the one teacher in `config`, whose model the user has set with the keys below `key`, and of the student."""
     path = config.teacher.model.path
     if not path:
         raise ValueError(
@@ -444,25 +473,19 @@ def _check_checkpoints(config: DictConfig, key: str) -> None:
         )
     if not isinstance(path, str):
         raise ValueError(f"{key}.path={path!r} is no path: set it to the folder or the name of a checkpoint.")
-    is_self = path == SELF
-    if is_self:
+    is_student = path == SELF
+    if is_student:
         _check_self(config, key)
-        config = OmegaConf.merge(config, {"teacher": {"model": {"path": config.actor_rollout_ref.model.path}}})
-        path = config.teacher.model.path
-    student_path = config.actor_rollout_ref.model.path
-    student = _load_config("actor_rollout_ref.model.path", student_path, config.actor_rollout_ref.model)
-    teacher = _load_config(f"{key}.path", path, config.teacher.model)
-    vocab = _check_tokenizers(config, key, student, teacher)
-    _check_context(config, key, teacher)
+    student = read_student()
+    teacher = student._replace(key=f"{key}.path") if is_student else _read_model(key, config.teacher.model)
+    vocab = _check_tokenizers(config.teacher.vocab, student, teacher)
+    _check_context(config, teacher)
     if config.teacher.payload == "topk" and config.teacher.topk > vocab:
         raise ValueError(f"teacher.topk={config.teacher.topk} is more than the {vocab} entries there are: lower it.")
     _check_entropy_threshold(config, config.teacher.topk + 1 if config.teacher.payload == "topk" else vocab)
-    for name, local in (("actor_rollout_ref.model.path", student_path), (f"{key}.path", path)):
-        if os.path.isdir(_local_path(local)):
-            require_readable(name, _local_path(local))
-    if config.teacher.payload != "logits" and not is_self and os.path.isdir(_local_path(path)):
-        tied = bool(teacher.get_text_config().tie_word_embeddings)
-        find_output_projection(_local_path(path), tied, f"{key}.path")
+    if config.teacher.payload != "logits" and not is_student and os.path.isdir(_local_path(path)):
+        tied = bool(teacher.config.get_text_config().tie_word_embeddings)
+        find_output_projection(_local_path(path), tied, teacher.key)
 
 
 def _check_self(config: DictConfig, key: str) -> None:
@@ -508,14 +531,14 @@ def _check_moving(teacher: DictConfig) -> None:
         raise ValueError(f"{paths.count(SELF)} teachers have path={SELF}: one is enough, leave the others out.")
 
 
-def _check_context(config: DictConfig, key: str, teacher: Any) -> None:
+def _check_context(config: DictConfig, teacher: _Model) -> None:
     """A position that a model was not made for is computed without a word, or fails on the device."""
     prompt_key, longest_prompt = _longest_prompt(config)
     longest = longest_prompt + config.data.max_response_length
-    positions = _longest_context(teacher.get_text_config())
+    positions = _longest_context(teacher.config.get_text_config())
     if positions is not None and positions < longest:
         raise ValueError(
-            f"{key}.path={config.teacher.model.path} has a context of {positions} tokens "
+            f"{teacher.named} has a context of {positions} tokens "
             "(max_position_embeddings, and the factor of rope_scaling), and "
             f"{prompt_key}={longest_prompt} plus data.max_response_length="
             f"{config.data.max_response_length} is {longest}: shorten them, or choose a teacher with a longer context."
@@ -653,40 +676,39 @@ def _tokenizer(path: str, model: DictConfig) -> Any:
     return tokenizer
 
 
-def _check_tokenizers(config: DictConfig, key: str, student: Any, teacher: Any) -> int:
+def _check_tokenizers(mode: str, student: _Model, teacher: _Model) -> int:
     """The same token ids must mean the same text, or the two distributions are over different things.
+
+    Args:
+        mode: ``teacher.vocab``.
 
     Returns:
         How many entries are compared.
     """
-    settings = config.actor_rollout_ref.model, config.teacher.model
-    named = [f"actor_rollout_ref.model.path={settings[0].path}", f"{key}.path={settings[1].path}"]
-    tokenizers = [_tokenizer(model.path, model) for model in settings]
-    vocabs = [tokenizer.get_vocab() for tokenizer in tokenizers]
-    _check_vocabularies(config.teacher.vocab, named, vocabs)
-    sizes = [model.get_text_config().vocab_size for model in (student, teacher)]
-    for name, size, vocab in zip(named, sizes, vocabs, strict=True):
-        if size <= max(vocab.values()):
+    vocabs = [model.tokenizer.get_vocab() for model in (student, teacher)]
+    _check_vocabularies(mode, student.named, teacher.named, vocabs)
+    for model, vocab in zip((student, teacher), vocabs, strict=True):
+        if model.vocab_size <= max(vocab.values()):
             raise ValueError(
-                f"{name} has vocab_size={size}, fewer than the tokenizer's {max(vocab.values()) + 1} ids: "
-                "give a checkpoint whose embedding covers its tokenizer."
+                f"{model.named} has vocab_size={model.vocab_size}, fewer than the tokenizer's "
+                f"{max(vocab.values()) + 1} ids: give a checkpoint whose embedding covers its tokenizer."
             )
-    _warn_of_other_habits(*named, *tokenizers)
-    if config.teacher.vocab == "same":
-        return min(sizes)
-    if unread := [token for token, index in vocabs[0].items() if index >= sizes[1]]:
+    _warn_of_other_habits(student.named, teacher.named, student.tokenizer, teacher.tokenizer)
+    if mode == "same":
+        return min(student.vocab_size, teacher.vocab_size)
+    if unread := [token for token, index in vocabs[0].items() if index >= teacher.vocab_size]:
         logger.warning(
             "%s has no embedding for %d tokens of the student's (%s): it reads its padding token in their place.",
-            named[1],
+            teacher.named,
             len(unread),
             ", ".join(map(repr, unread[:3])),
         )
     return len(shared_ids(vocabs)) + 1
 
 
-def _check_vocabularies(mode: str, named: list[str], vocabs: list[dict[str, int]]) -> None:
-    """Of student and teacher: the settings that name them, and their tokenizers' entries."""
-    (student, teacher), found = named, difference(*vocabs)
+def _check_vocabularies(mode: str, student: str, teacher: str, vocabs: list[dict[str, int]]) -> None:
+    """`student`, `teacher`: the settings that name them; `vocabs`: their tokenizers' entries."""
+    found = difference(*vocabs)
     has_conflicts = any(found.conflicts)
     if mode == "shared":
         if has_conflicts:
