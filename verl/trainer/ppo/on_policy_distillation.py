@@ -215,8 +215,8 @@ def _response_divergence(
                 "teacher.model.path and start it with python -m verl.trainer.main_on_policy_distillation."
             )
     student = _dense("student_logits", student_logits)
-    mask = response_mask.to(student.device) != 0 if isinstance(response_mask, torch.Tensor) else response_mask
     teacher = _teacher_source(student, teachers, response_mask, spec)
+    mask = response_mask.to(student.device) != 0
     rows = mask.flatten().nonzero().squeeze(-1)
     return token_divergence(student.flatten(0, 1), rows, teacher, rows, spec), mask
 
@@ -225,22 +225,21 @@ def _teacher_source(
     student: torch.Tensor, teachers: _Teachers, response_mask: torch.Tensor, spec: DivergenceSpec
 ) -> LogitSource:
     """The teacher's logits (batch * tokens, V), or the mixture of several."""
+
+    def source(name: str, logits: Any) -> DenseLogits:
+        teacher = _dense(name, logits).detach()
+        _require_same_shape(name, student, teacher, response_mask)
+        return DenseLogits(teacher.flatten(0, 1))
+
     if not isinstance(teachers.logits, list | tuple):
         if teachers.weights is not None:
             raise ValueError(
                 f"teacher_weights={list(teachers.weights)} with one teacher: pass a list as teacher_logits."
             )
-        teacher = _dense("teacher_logits", teachers.logits).detach()
-        _require_same_shape("teacher_logits", student, teacher, response_mask)
-        return DenseLogits(teacher.flatten(0, 1))
+        return source("teacher_logits", teachers.logits)
     if not teachers.logits:
         raise ValueError("teacher_logits is an empty list: pass the logits of one teacher or more.")
-    sources = []
-    for number, logits in enumerate(teachers.logits):
-        name = f"teacher_logits[{number}]"
-        teacher = _dense(name, logits).detach()
-        _require_same_shape(name, student, teacher, response_mask)
-        sources.append(DenseLogits(teacher.flatten(0, 1)))
+    sources = [source(f"teacher_logits[{number}]", logits) for number, logits in enumerate(teachers.logits)]
     weights = [1.0] * len(sources) if teachers.weights is None else teachers.weights
     try:
         return mixture_of(sources, weights, spec.temperature, student.device)
