@@ -186,6 +186,18 @@ def payloads_of(name: str, facts: dict) -> str:
     return "\n\n".join((what, table(header, rows)))
 
 
+def steps(medians: dict, titles: dict[str, str], header: list[str], fields: tuple[str, ...]) -> str:
+    """A row for each kind of step that was measured."""
+    return table(
+        header,
+        [
+            [title, *(number(medians[kind][field]) for field in fields)]
+            for kind, title in titles.items()
+            if kind in medians
+        ],
+    )
+
+
 def trainer_update() -> str | None:
     facts = load("trainer_update_cpu")
     if facts is None:
@@ -204,13 +216,8 @@ def trainer_update() -> str | None:
     }
     header = ["step", "before the update, s", "update, s", "step, s", "update's extra memory, MB"]
     fields = ("prepare_s", "update_s", "step_s", "update_extra_mb")
-    rows = [
-        [title, *(number(medians[kind][field]) for field in fields)]
-        for kind, title in titles.items()
-        if kind in medians
-    ]
     note = "Before the update: the teacher's pass, or GRPO's old log-probs. Generation is in no row."
-    return "\n\n".join((condition, table(header, rows), note))
+    return "\n\n".join((condition, steps(medians, titles, header, fields), note))
 
 
 def teachers() -> str | None:
@@ -237,12 +244,7 @@ def teachers() -> str | None:
     }
     header = ["teacher", "scoring, s", "update, s", "step, s", "resident before the update, MB", "update's extra, MB"]
     fields = ("prepare_s", "update_s", "step_s", "before_update_mb", "update_extra_mb")
-    rows = [
-        [title, *(number(medians[kind][field]) for field in fields)]
-        for kind, title in titles.items()
-        if kind in medians
-    ]
-    return "\n\n".join((condition, table(header, rows)))
+    return "\n\n".join((condition, steps(medians, titles, header, fields)))
 
 
 SECTIONS = {

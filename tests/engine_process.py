@@ -181,7 +181,7 @@ def run_case(overrides, batch, rank, world_size):
     }
 
 
-def main(spec_path, out_path):
+def main(run_case, spec_path, out_path):
     spec = torch.load(spec_path, weights_only=False)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     results = {name: run_case(overrides, spec["batch"], rank, world_size) for name, overrides in spec["cases"].items()}
@@ -192,4 +192,4 @@ def main(spec_path, out_path):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(run_case, *sys.argv[1:])

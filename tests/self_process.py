@@ -22,7 +22,7 @@ import sys
 import tempfile
 
 import torch
-from engine_process import compose_config, full_gradients, local_batch, make_actor
+from engine_process import compose_config, full_gradients, local_batch, main, make_actor
 from omegaconf import open_dict
 from torch.distributed.tensor import DTensor
 
@@ -163,15 +163,5 @@ def resumed(actor, config, data, said):
     return {"files": files, "same": torch.equal(logits_of(fresh, ids), said), "refusal": refusal}
 
 
-def main(spec_path, out_path):
-    spec = torch.load(spec_path, weights_only=False)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    results = {name: run_case(overrides, spec["batch"], rank, world_size) for name, overrides in spec["cases"].items()}
-    if rank == 0:
-        torch.save(results, out_path)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(run_case, *sys.argv[1:])

@@ -452,15 +452,20 @@ def test_metrics_of_chosen_tokens_are_shares_of_the_global_batch(one_rank, two_r
         )
 
 
+def assert_is_sum(result, parts, results):
+    """Loss and gradients: those of `parts`, names of `results`, each times its weight."""
+    loss = sum(weight * results[name]["loss"] for name, weight in parts.items())
+    assert result["loss"] == pytest.approx(loss, rel=1e-5)
+    expected = {
+        parameter: sum(weight * results[name]["gradients"][parameter] for name, weight in parts.items())
+        for parameter in result["gradients"]
+    }
+    assert_same_gradients(result["gradients"], expected, tolerance=1e-5)
+
+
 def test_hybrid_adds_the_loss_of_the_chosen_tokens(one_rank):
     parts, hybrid = {"vanilla": 0.7, "chosen": 0.3}, one_rank["chosen_hybrid"]
-    loss = sum(weight * one_rank[name]["loss"] for name, weight in parts.items())
-    assert hybrid["loss"] == pytest.approx(loss, rel=1e-5)
-    expected = {
-        parameter: sum(weight * one_rank[name]["gradients"][parameter] for name, weight in parts.items())
-        for parameter in hybrid["gradients"]
-    }
-    assert_same_gradients(hybrid["gradients"], expected, tolerance=1e-5)
+    assert_is_sum(hybrid, parts, one_rank)
 
 
 @pytest.mark.parametrize("case", ["reverse_kl", "dynamic", "forward_kl_seq_mean", "hybrid", "chosen", "chosen_hybrid"])
@@ -581,11 +586,5 @@ def test_the_weight_of_rl_leaves_entropy_bonus_and_reference_kl_alone(one_rank):
     """RL's weight is 0.5; the two other terms keep their own coefficients, as in VERL's run without distillation."""
     parts = {"vanilla_entropy_and_kl": 1.0, "vanilla": -0.5, "reverse_kl": 1.0}
     hybrid = one_rank["hybrid_half_rl"]
-    loss = sum(weight * one_rank[name]["loss"] for name, weight in parts.items())
-    assert hybrid["loss"] == pytest.approx(loss, rel=1e-5)
-    expected = {
-        parameter: sum(weight * one_rank[name]["gradients"][parameter] for name, weight in parts.items())
-        for parameter in hybrid["gradients"]
-    }
-    assert_same_gradients(hybrid["gradients"], expected, tolerance=1e-5)
+    assert_is_sum(hybrid, parts, one_rank)
     assert {"kl_loss", "actor/entropy_loss"} <= hybrid["metrics"].keys()
