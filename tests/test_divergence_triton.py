@@ -662,7 +662,7 @@ class TargetWithoutDevice(SimpleNamespace):
 
 
 @pytest.fixture(params=[90])
-def compiled(request, monkeypatch, tmp_path):
+def compiled(request, monkeypatch, tmp_path_factory):
     """The kernels that calls would have launched, compiled to machine code in place of it: for an H100 by default."""
     import triton
 
@@ -677,7 +677,7 @@ def compiled(request, monkeypatch, tmp_path):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: kernels.append(self.kernel.warmup(*args, grid=grid, **kwargs))
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
     monkeypatch.setattr(triton.runtime.driver, "_active", TargetWithoutDevice(capability=request.param))
     for name in ("_rows_kernel", "_statistics_kernel", "_mixture_kernel", "_gradient_kernel", "_policy_kernel"):
         monkeypatch.setattr(module, name, Launcher(getattr(module, name)))
