@@ -40,6 +40,8 @@ from transformers import (
     PhiForCausalLM,
 )
 
+from verl.on_policy_distillation.plan import payload_bytes
+
 PURE = "actor_rollout_ref.actor.policy_loss.loss_mode=on_policy_distillation"
 HYBRID = "actor_rollout_ref.actor.policy_loss.loss_mode=hybrid_rl_distillation"
 LOSS = "actor_rollout_ref.actor.policy_loss"
@@ -416,6 +418,8 @@ def test_the_payload_holds_the_tokens_of_the_loss_only(one_rank, checkpoints, ba
     vocab = AutoModelForCausalLM.from_pretrained(checkpoints["teacher"]).config.vocab_size
     for case, width in (("reverse_kl", 64), ("logits_payload", vocab)):  # 64: the teacher's hidden size
         num_bytes = num_tokens * width * 4
+        payload = "logits" if width == vocab else "hidden_states"  # what the planner counts with
+        assert num_bytes == num_tokens * payload_bytes(payload, 64, vocab, topk=0, number_bytes=4)
         assert one_rank[case]["payload"] == (torch.float32, width, num_bytes, num_bytes)
 
 

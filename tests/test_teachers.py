@@ -22,6 +22,8 @@ from test_buckets import bucketed
 from test_engine import HYBRID, LOSS, MICRO, PURE, divergence, make_batch, response_logits, run_workers, sharpened
 from transformers import AutoModelForCausalLM
 
+from verl.on_policy_distillation.plan import payload_bytes
+
 NAMES = ("maths", "code", "chat")
 ROUTED = ("teacher.routing_key=data_source",)
 GKD = (f"{LOSS}.distillation_type=gkd", f"{LOSS}.distillation_beta=0.3", f"{LOSS}.distillation_temperature=1.7")
@@ -179,7 +181,9 @@ def test_each_teacher_has_its_metrics_unless_only_a_top_k_of_the_mixture_is_kept
 
 def test_a_top_k_is_as_large_as_it_says(one_rank, batch):
     tokens = sum(sum(row["mask"]) for row in batch)
-    assert one_rank["top_k"]["payload"][-1] == tokens * (7 * 4 + 8 * 4)
+    token = 7 * 4 + 8 * 4  # int32 ids, and the log-probs of these and of the rest
+    assert one_rank["top_k"]["payload"][-1] == tokens * token
+    assert token == payload_bytes("topk", width=64, vocab=258, topk=7)  # what the planner counts with
 
 
 @pytest.mark.parametrize("name", CASES)

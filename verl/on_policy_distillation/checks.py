@@ -41,6 +41,7 @@ from verl.on_policy_distillation.config import (
     misspelt_teacher_key,
     teacher_groups,
 )
+from verl.on_policy_distillation.memory import warn_of_memory
 from verl.on_policy_distillation.output_projection import find_output_projection, require_readable
 from verl.on_policy_distillation.routing import TEACHER_KEYS, Routes
 from verl.on_policy_distillation.teacher_prompts import TRUNCATIONS, PromptSettings, TeacherPrompts
@@ -415,8 +416,9 @@ def _check_teacher(config: DictConfig) -> None:
     Routes.of(config.teacher)
     _check_moving(config.teacher)
     student = functools.cache(lambda: _read_model("actor_rollout_ref.model", config.actor_rollout_ref.model))
+    teachers = []
     if not config.teacher.models:
-        _check_checkpoints(config, "teacher.model", student)
+        teachers.append(_check_checkpoints(config, "teacher.model", student))
     elif config.teacher.model.path is not None and all("path" in own for own in config.teacher.models.values()):
         raise ValueError(
             f"teacher.model.path={config.teacher.model.path} has no effect, as every one of teacher.models has a path: "
@@ -434,7 +436,8 @@ def _check_teacher(config: DictConfig) -> None:
         with open_dict(config):
             one = OmegaConf.merge(config, {"teacher": group})
         _check_engine(one, "teacher.fsdp_config.strategy", "teacher.fsdp_config", "teacher.model")
-        _check_checkpoints(one, key, student)
+        teachers.append(_check_checkpoints(one, key, student))
+    warn_of_memory(config, student().config, [teacher.config for teacher in teachers])
 
 
 class _Model(NamedTuple):
@@ -463,8 +466,12 @@ def _read_model(group: str, settings: DictConfig) -> _Model:
     return model
 
 
-def _check_checkpoints(config: DictConfig, key: str, read_student: Callable[[], _Model]) -> None:
-    """Of the one teacher in `config`, whose model the user has set with the keys below `key`, and of the student."""
+def _check_checkpoints(config: DictConfig, key: str, read_student: Callable[[], _Model]) -> _Model:
+    """Of the one teacher in `config`, whose model the user has set with the keys below `key`, and of the student.
+
+    Returns:
+        The teacher.
+    """
     path = config.teacher.model.path
     if not path:
         raise ValueError(
@@ -486,6 +493,7 @@ def _check_checkpoints(config: DictConfig, key: str, read_student: Callable[[], 
     if config.teacher.payload != "logits" and not is_student and os.path.isdir(_local_path(path)):
         tied = bool(teacher.config.get_text_config().tie_word_embeddings)
         find_output_projection(_local_path(path), tied, teacher.key)
+    return teacher
 
 
 def _check_self(config: DictConfig, key: str) -> None:
