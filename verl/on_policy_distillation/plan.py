@@ -13,8 +13,8 @@
 # limitations under the License.
 """Whether a student, its teachers and a batch fit on some devices, and how long a step takes at best: estimates.
 
-    python -m verl.on_policy_distillation.plan --student Qwen3-1.7B --teacher Qwen3-32B --gpus 8 --gpus-per-node 8 \\
-        --gpu H100 --batch 256 --rollouts 4 --prompt-length 1024 --response-length 8192 --host-memory 1000
+    python -m verl.on_policy_distillation.plan --student models/Qwen3-1.7B --teacher models/Qwen3-32B --gpu H100 \\
+        --gpus 8 --batch 256 --rollouts 4 --prompt-length 1024 --response-length 8192 --host-memory 1000
 
 A model is a checkpoint folder or a config.json; its parameters are counted on torch's meta device, with no weights. The
 sizes that VERL's keys decide are printed under these keys. What does not fit is printed with the keys that would help.
@@ -501,7 +501,7 @@ def _seconds(student: Model, teachers: Sequence[Model], s: Settings, accelerator
     cost = head_cost(
         supervised, student.vocab, student.width, widths, chunking, accelerator, kind=s.kind, is_hybrid=s.is_hybrid
     )
-    head = cost.seconds - (cost.parts["gradient of weight"] if s.lora_rank else 0.0)
+    head = cost.seconds - (cost.parts["gradient of weight"] + cost.parts["its ends"] if s.lora_rank else 0.0)
     # Forward, its repetition by checkpointing, and a backward of two products for each of the forward's; one of them
     # for weights that do not train.
     passes = 3 if s.lora_rank else 4

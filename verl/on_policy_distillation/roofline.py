@@ -27,6 +27,7 @@ logits of a side      r' V H                     b V H (weight) + b r H + 4 r V
 divergence            (instructions)             18 r V for the KLs, 26 r V for the mixtures
 gradient of hidden    r' V H                     b V H (weight) + b r V + 4 r H
 gradient of weight    g V H                      8 V H (read and written) + b g V + b g H
+its ends, once        (none)                     4 V H (zeros) + 8 V H (scaled) + (4 + b) V H (rounded)
 ====================  =========================  ==================================================
 
 r' is r in whole tiles of `TILE` rows. The gradient of the weight is summed up in float32, which is read and written by
@@ -68,8 +69,7 @@ TILE = 256  # rows of a product that are computed together
 
 HEAD_MEMORY = 3 << 29  # bytes that the buffers of a head may take: 1.5 GiB
 
-# Bytes of a logit that the kernel of `divergence_triton.py` moves in each read of both sides, and in a 16-bit gradient.
-_READ, _GRADIENT = 8, 2
+_READ = 8  # bytes of a logit that the kernel of `divergence_triton.py` moves in each read of both sides
 _READS = {"reverse_kl": 2, "forward_kl": 2, "entropy_switch": 2, "gkd": 3, "skew_reverse_kl": 3}
 # Instructions of a logit that it issues in its loops; a test counts them in the compiled kernel.
 INSTRUCTIONS = {"reverse_kl": 99, "forward_kl": 95, "entropy_switch": 105, "gkd": 260, "skew_reverse_kl": 233}
@@ -177,6 +177,7 @@ def head_cost(
         + (cost.kernel(tokens, kind, reads=_READS[kind] - 1, writes=0) if is_hybrid else 0.0),
         "gradient of hidden": sum(cost.hidden_gradient(size) for size in groups),
         "gradient of weight": sum(cost.weight_gradient(size) for size in groups),
+        "its ends": cost.weight_gradient_ends(),
     }
     products = projections * (student_width + sum(teacher_widths)) + 2 * student_width
     floor = 2 * tokens * vocab * products / accelerator.flops(weight_bytes)
@@ -241,7 +242,7 @@ class _Costs:
 
     def kernel(self, tokens: int, kind: str, reads: int, writes: int) -> float:
         logits = tokens * self.vocab
-        moved = (_READ * reads + _GRADIENT * writes) * logits / self.accelerator.bandwidth
+        moved = (_READ * reads + self.weight_bytes * writes) * logits / self.accelerator.bandwidth
         return max(moved, INSTRUCTIONS[kind] * reads / _READS[kind] * logits / self.accelerator.issue)
 
     def hidden_gradient(self, rows: int) -> float:
@@ -251,6 +252,11 @@ class _Costs:
     def weight_gradient(self, rows: int) -> float:
         moved = 8 * self.vocab * self.student_width + self.weight_bytes * rows * (self.vocab + self.student_width)
         return self._product(rows, self.student_width, moved)
+
+    def weight_gradient_ends(self) -> float:
+        """Made of zeros, multiplied by what the loss is multiplied by, and rounded to the weight's dtype."""
+        rounded = 4 + self.weight_bytes if self.weight_bytes == 2 else 0
+        return (4 + 8 + rounded) * self.vocab * self.student_width / self.accelerator.bandwidth
 
     def _product(self, rows: int, width: int, moved: float) -> float:
         seconds = 2 * rows * self.vocab * width / self.accelerator.flops(self.weight_bytes)
