@@ -40,7 +40,7 @@ from verl.on_policy_distillation.plan import (
     plan,
     read_model,
 )
-from verl.on_policy_distillation.roofline import ACCELERATORS, Chunking, buffer_bytes
+from verl.on_policy_distillation.roofline import ACCELERATORS, Chunking, buffer_bytes, chunking_for
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 PURE = "actor_rollout_ref.actor.policy_loss.loss_mode=on_policy_distillation"
@@ -172,6 +172,36 @@ def test_a_node_keeps_what_the_teachers_said_of_its_share_of_the_batch():
     topk = replace(SETTINGS, payload="topk", topk=64)
     assert said(topk, phase="update") == tokens * (4 * 64 + 4 * 65)
     assert said(topk, phase="scoring") == tokens * (4 * 64 + 4 * 65 + 2 * 5120)
+
+
+def test_a_scoring_holds_two_layers_and_a_micro_batch_of_the_largest_teacher():
+    small = replace(TEACHER, name="small", largest_layer=1000, width=1024)
+    scoring = parts(SETTINGS, "device", "scoring", (small, TEACHER))
+    assert scoring["teacher: gathered weights"] == 2 * (2 * 488_000_000 + 151_936 * 5120)
+    assert scoring[f"teacher: activations of {KEYS['teacher_tokens']}=65,536"] == 34 * 65_536 * 5120
+    assert not any("small" in name for name in scoring)
+    logits = parts(replace(SETTINGS, payload="logits"), "device", "scoring")
+    assert logits["teacher: logits of a micro-batch"] == 2 * 2 * 65_536 * 151_936
+
+
+def test_an_update_holds_saved_activations_and_the_head_or_a_layer():
+    saved = f"saved activations of {KEYS['micro_tokens']}=16,384"
+    output, layers = (parts(SETTINGS, "device", f"update, {name}") for name in ("output layer", "layers"))
+    assert output[saved] == layers[saved] == 2 * 16_384 * 2048 * 28
+    assert output["head: buffers"] == buffer_bytes(151_936, chunking_for(16_384, 151_936, 2048, 5120, 2, H100))
+    assert output["head: float32 gradient of its weight"] == 4 * 151_936 * 2048
+    assert output["teachers' output projections"] == 2 * 151_936 * 5120
+    assert output["what the teachers said"] == 16_384 * 2 * 5120
+    assert layers["activations of a layer, and their gradients"] == 2 * 34 * 16_384 * 2048
+    assert layers["gathered weights"] == 2 * (2 * 50_000_000 + 151_936 * 2048)  # the tied embedding stays
+    untied = parts(SETTINGS, "device", "update, layers", student=replace(STUDENT, is_tied=False))
+    assert untied["gathered weights"] == 2 * 2 * 50_000_000
+    # Each of a mixture's teachers has its projection there, of routed ones the largest.
+    mixed = parts(replace(SETTINGS, teachers_per_token=2), "device", "update, output layer", (TEACHER, TEACHER))
+    assert mixed["teachers' output projections"] == 2 * 2 * 151_936 * 5120
+    # A top-k needs none.
+    top_k = parts(replace(SETTINGS, payload="topk"), "device", "update, output layer")
+    assert "teachers' output projections" not in top_k
 
 
 def test_seconds_of_scoring_are_arithmetic_or_the_transfer_of_weights():
