@@ -363,6 +363,14 @@ def test_a_top_k_is_counted_with_the_hidden_states_that_it_is_taken_of(models, c
     assert "teacher.payload=topk (hidden states, until their top-k is taken)" in caplog.text
 
 
+@pytest.mark.parametrize(("more", "token"), [((), 128 + 64), (("teacher.routing_key=data_source",), 128)])
+def test_of_several_teachers_those_of_a_sample_are_counted(more, token, models, caplog):
+    """Hidden sizes 64 and 32: the second is the student, as its own teacher."""
+    two = f"+teacher.models.a.path={models[1].partition('=')[2]}", "+teacher.models.b.path=self"
+    prepare(make_config(PURE, models[0], *two, HUGE, *more))
+    assert f"is {(1 << 40) * 32 * token / GIB:.1f} GiB" in caplog.text
+
+
 def test_the_trainers_configuration_is_read(models):
     config = make_config(
         PURE,
