@@ -23,9 +23,12 @@ import importlib.util
 import multiprocessing
 import os
 import pickle
+import re
+import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -35,8 +38,10 @@ import torch
 from vocabulary_shards import CUTS, random_rows, sharded
 
 from verl.on_policy_distillation import divergence
-from verl.on_policy_distillation.divergence import DIVERGENCES, LOG_ZERO, DivergenceSpec, Temperatures
-from verl.on_policy_distillation.head import implementation
+from verl.on_policy_distillation import head as head_module
+from verl.on_policy_distillation.divergence import DIVERGENCES, LOG_ZERO, DivergenceSpec, Policy, Temperatures
+from verl.on_policy_distillation.head import implementation, linear_divergence, linear_token_divergence
+from verl.on_policy_distillation.roofline import INSTRUCTIONS, Chunking
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -165,26 +170,33 @@ def call(case: Problem, layout: Layout, device: str) -> tuple[torch.Tensor, torc
 
 
 def call_pickled(arguments: bytes) -> bytes:
+    function, *rest = pickle.loads(arguments)
     # Lanes that a select discards may overflow or be NaN: on purpose, and silently so on a device.
     with np.errstate(all="ignore"):
-        return pickle.dumps(call(*pickle.loads(arguments), "cpu"))
+        return pickle.dumps(function(*rest, device="cpu"))
 
 
-def call_in(process: ProcessPoolExecutor, case: Problem, layout: Layout):
+def call_in(process: ProcessPoolExecutor, function, *arguments):
     # As bytes: plain tensors would be handed over in shared memory, one file descriptor each.
-    return pickle.loads(process.submit(call_pickled, pickle.dumps((case, layout))).result())
+    return pickle.loads(process.submit(call_pickled, pickle.dumps((function, *arguments))).result())
 
 
 @pytest.fixture(scope="module", params=["interpreter", "cuda"] if torch.cuda.is_available() else ["interpreter"])
-def kernel(request):
-    """(case, layout) -> (results, gradient)."""
+def run(request):
+    """(function, *arguments) -> what the function returns, called where kernels can be launched."""
     if request.param == "cuda":
-        yield partial(call, device="cuda")
+        yield lambda function, *arguments: function(*arguments, device="cuda")
         return
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
             process.submit(os.getpid).result()  # starts it
         yield partial(call_in, process)
+
+
+@pytest.fixture(scope="module")
+def kernel(run):
+    """(case, layout) -> (results, gradient)."""
+    return partial(run, call)
 
 
 def close(actual, expected, dtype, factors, rounding=0.0, tolerance=1.0) -> None:
@@ -447,6 +459,144 @@ def test_narrower_gradients_of_float64_logits(kernel, dtype):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# with the policy
+
+
+def call_policy(case: Problem, policy: Policy, upstream: torch.Tensor, gradient_dtype, block: int, device: str):
+    """Results, and the gradient of sum(upstream * (log-prob, entropy, divergence))."""
+    from verl.on_policy_distillation import divergence_triton as module
+
+    student, teacher, upstream = case.student.to(device), case.teacher.to(device), upstream.to(device)
+    policy = policy._replace(labels=policy.labels.to(device))
+    settings = case.spec, case.temperatures, policy
+    with mock.patch.object(module, "BLOCK", block):
+        results = module.policy_rows_(student, teacher, *settings)
+        assert torch.equal(student.cpu(), case.student)  # no gradient was written over it
+        gradient = student if gradient_dtype is None else torch.empty_like(student, dtype=gradient_dtype)
+        module.policy_gradient_(student, teacher, *settings, upstream, gradient)
+    return results.cpu(), gradient.cpu()
+
+
+def policy_truth(case: Problem, policy: Policy, upstream: torch.Tensor):
+    """The same in float64: the policy by autograd, the divergence by the table."""
+    logits = case.student.to(policy.dtype).double().requires_grad_()
+    shifted = (logits - logits.detach().amax(-1, keepdim=True)) / policy.temperature
+    log_p = torch.log_softmax(shifted, -1)
+    log_prob = log_p.gather(-1, policy.labels.unsqueeze(-1)).squeeze(-1)
+    known = log_p.masked_fill(log_p == -torch.inf, LOG_ZERO)
+    entropy = -(known.exp() * known).sum(-1)
+    (upstream[:2].double() * torch.stack((log_prob, entropy))).sum().backward()
+    vocab = case.teacher.shape[-1]
+    student = case.student[:, :vocab]
+    results, gradient = truth(student, case.teacher, case.spec, case.temperatures.student, upstream[2])
+    logits.grad[:, :vocab] += gradient
+    log_prob = log_prob.detach().masked_fill(log_prob == -torch.inf, LOG_ZERO)
+    return torch.cat((torch.stack((log_prob, entropy.detach())), results)), logits.grad
+
+
+def check_policy(run, case: Problem, policy: Policy, gradient_dtype=None, block=256, rounding=0.0) -> None:
+    rows, dtype = len(case.student), case.student.dtype
+    upstream = torch.linspace(-1.0, 1.5, 3 * rows).view(3, rows).to(dtype)
+    results, gradient = run(call_policy, case, policy, upstream, gradient_dtype, block)
+    expected, expected_gradient = policy_truth(case, policy, upstream)
+    assert results.dtype == dtype and results.shape == (8, rows) and gradient.shape == case.student.shape
+    bound = VALUE_TOLERANCE[dtype] * expected.abs().clamp(min=1.0)
+    assert ((results - expected).abs() <= bound).all()
+    scale = expected_gradient.abs().amax(-1, keepdim=True).clamp(min=1e-2)
+    bound = GRADIENT_TOLERANCE[dtype] * scale + rounding * expected_gradient.abs() + (2.0**-25 if rounding else 0.0)
+    assert ((gradient.double() - expected_gradient).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("vocabs", [(300, 300), (300, 261), (1025, 1025), (1025, 512)])
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_the_policy_in_the_same_launch(run, kind, beta, vocabs):
+    """Over entries that the teacher does not have, too, with a maximum among them."""
+    student, _ = five_rows(vocabs[0])
+    _, teacher = five_rows(vocabs[1])
+    student[0, -1], student[2, :2] = student[0].max() + 2.0, -torch.inf
+    labels = torch.tensor([0, 1, vocabs[0] - 1, 5, vocabs[0] // 2])
+    labels[3:] = student[3:].argmax(-1)
+    check_policy(run, problem(student, teacher, kind, beta), Policy(labels, 1.7, torch.float32))
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_the_policy_in_float64(run, kind, beta):
+    student, _ = five_rows(300, torch.float64)
+    _, teacher = five_rows(261, torch.float64)
+    policy = Policy(student.argmax(-1), 0.6, torch.float64)
+    check_policy(run, problem(student, teacher, kind, beta), policy, block=128)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_policy_reads_rounded_logits(run, dtype):
+    """Logits that both rounding and cutting off, as the interpreter does, take to the same; a 16-bit gradient."""
+    student, teacher = random_logits(5, 300).to(dtype).float(), random_logits(5, 300, seed=1)
+    student *= 1.0 + torch.finfo(dtype).eps / 8.0
+    policy = Policy(torch.arange(5), 1.0, dtype)
+    case = problem(student, teacher, "gkd", 0.3)
+    check_policy(run, case, policy, torch.bfloat16, rounding=ROUNDING[torch.bfloat16])
+    unrounded = run(call_policy, case, policy._replace(dtype=torch.float32), torch.zeros(3, 5), None, 256)[0]
+    rounded = run(call_policy, case, policy, torch.zeros(3, 5), None, 256)[0]
+    assert (unrounded[:2] - rounded[:2]).abs().min() > 1e-6  # it does make a difference
+    assert torch.equal(unrounded[2:], rounded[2:])  # not to the divergence
+
+
+def test_the_policy_and_the_switch(run):
+    case = switching(*five_rows(300))
+    check_policy(run, case, Policy(torch.arange(5) + 40, 0.9, torch.float32))
+
+
+def test_a_label_of_no_probability(run):
+    student, teacher = five_rows(300)
+    student[:, 7] = -torch.inf
+    policy = Policy(torch.full((5,), 7), 1.3, torch.float32)
+    results, gradient = run(call_policy, problem(student, teacher), policy, torch.ones(3, 5), None, 256)
+    assert (results[0] == LOG_ZERO).all() and gradient.isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# under the head
+
+
+def call_head(function, heads, keywords, is_compiled: bool, device: str):
+    """What `function` returns for the heads, and their gradients; by the kernels, or by torch."""
+    from verl.on_policy_distillation import divergence_triton
+
+    student_hidden, student_weight, teacher_hidden, teacher_weight = (tensor.to(device) for tensor in heads)
+    student_hidden.requires_grad_()
+    student_weight.requires_grad_()
+    module = divergence_triton if is_compiled else divergence
+    with mock.patch.object(head_module, "implementation", lambda student, spec: module):
+        found = function(student_hidden, student_weight, teacher_hidden, teacher_weight, **keywords)
+    if function is linear_divergence:
+        found.loss.backward()
+        columns = found.metrics
+    else:
+        weights = torch.linspace(-1.0, 1.0, len(found.log_prob), dtype=found.log_prob.dtype)
+        (weights * (found.log_prob + 0.3 * found.entropy + 0.7 * found.tokens.divergence)).sum().backward()
+        columns = (found.log_prob, found.entropy, *found.tokens)
+    return torch.stack([column.detach() for column in columns]), student_hidden.grad, student_weight.grad
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [linear_divergence, linear_token_divergence])
+def test_the_head_on_kernels_gives_what_it_gives_on_torch(run, function, dtype, softcap):
+    """In groups of chunks too: 11 tokens as 6 (4 + 2) and 5 (4 + 1)."""
+    shapes = (11, 8), (300, 8), (11, 12), (280, 12)
+    heads = [random_logits(*shape, scale=1.0, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
+    keywords = {"distillation_type": "gkd", "beta": 0.4, "student_softcap": softcap, "chunking": Chunking(4, 6)}
+    if function is linear_token_divergence:
+        keywords |= {"labels": torch.arange(11) * 27, "log_prob_temperature": 1.2}
+    compiled = run(call_head, function, heads, keywords, True)
+    expected = call_head(function, heads, keywords, False, device="cpu")
+    digits = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 4)
+    for actual, wanted in zip(compiled, expected, strict=True):
+        assert actual.dtype == wanted.dtype
+        assert (actual - wanted).abs().max() <= digits * wanted.abs().max().clamp(min=1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # without a launch
 
 
@@ -496,13 +646,13 @@ def test_torch_is_used_without_a_device(kind, beta):
 # compilation
 
 
-class HopperWithoutDevice(SimpleNamespace):
-    """As much of a driver of Triton's as compiling for an H100 needs. Its device's number is nobody else's."""
+class TargetWithoutDevice(SimpleNamespace):
+    """As much of a driver of Triton's as compiling needs. Its device's number is nobody else's."""
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
         return -1
@@ -511,9 +661,9 @@ class HopperWithoutDevice(SimpleNamespace):
         return 0
 
 
-@pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """The kernels that calls would have launched, compiled to machine code for an H100 in place of it."""
+@pytest.fixture(params=[90])
+def compiled(request, monkeypatch, tmp_path_factory):
+    """The kernels that calls would have launched, compiled to machine code in place of it: for an H100 by default."""
     import triton
 
     from verl.on_policy_distillation import divergence_triton as module
@@ -527,11 +677,88 @@ def compiled(monkeypatch, tmp_path):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: kernels.append(self.kernel.warmup(*args, grid=grid, **kwargs))
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(triton.runtime.driver, "_active", HopperWithoutDevice())
-    for name in ("_rows_kernel", "_statistics_kernel", "_mixture_kernel", "_gradient_kernel"):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
+    monkeypatch.setattr(triton.runtime.driver, "_active", TargetWithoutDevice(capability=request.param))
+    for name in ("_rows_kernel", "_statistics_kernel", "_mixture_kernel", "_gradient_kernel", "_policy_kernel"):
         monkeypatch.setattr(module, name, Launcher(getattr(module, name)))
     return kernels
+
+
+def reads_wide(kernel) -> bool:
+    """128 bits at a time, copied to shared memory while others are computed."""
+    copies = [line for line in kernel.asm["ptx"].splitlines() if "cp.async.c" in line and "group" not in line]
+    return bool(copies) and all("0x10" in line for line in copies)
+
+
+@dataclass
+class MachineCode:
+    """Registers of a thread, bytes of its stack (where registers are spilled), of shared memory; and instructions."""
+
+    registers: int
+    stack: int
+    shared: int
+    in_loops: int
+
+
+def machine_code(kernel, folder: Path) -> MachineCode:
+    """As the disassembler that comes with Triton reads it."""
+    import triton
+
+    (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+    def dump(option: str) -> str:
+        command = [str(tool), option, str(folder / "kernel.cubin")]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage")))
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", dump("-sass"), re.MULTILINE)
+    in_loops = 0
+    for address, instruction in lines:
+        jump = re.search(r"BRA\S*\s.*?(0x[0-9a-f]+)", instruction)
+        if jump and int(jump[1], 16) < int(address, 16):  # back: what is between is a loop, of 16 bytes each
+            in_loops += (int(address, 16) - int(jump[1], 16)) // 16 + 1
+    stack = int(usage["STACK"]) + int(usage["LOCAL"])
+    return MachineCode(int(usage["REG"]), stack, kernel.metadata.shared, in_loops)
+
+
+def zeros_at_size(kind: str) -> Problem:
+    switch = kind == "entropy_switch"
+    zeros = torch.zeros(2, 151936)
+    return problem(zeros, zeros, "reverse_kl" if switch else kind, 0.5, threshold=0.5 if switch else None)
+
+
+@pytest.mark.parametrize("compiled", [90, 80], indirect=True)
+@pytest.mark.parametrize("kind", list(INSTRUCTIONS))
+def test_two_programs_share_a_multiprocessor(compiled, tmp_path, kind):
+    """65,536 registers, for 512 threads; nothing spilled; two programs' shared memory in an A100's 164 KiB."""
+    call(zeros_at_size(kind), Layout(torch.bfloat16), "cpu")
+    found = machine_code(compiled[0], tmp_path)
+    assert found.registers <= 128 and found.stack == 0
+    assert 0 < found.shared <= 40 * 1024
+    assert reads_wide(compiled[0])
+
+
+@pytest.mark.parametrize("kind", list(INSTRUCTIONS))
+def test_the_roofline_counts_the_instructions_of_the_kernel(compiled, tmp_path, kind):
+    from verl.on_policy_distillation.divergence_triton import ENTRIES_PER_THREAD
+
+    call(zeros_at_size(kind), Layout(torch.bfloat16), "cpu")
+    per_logit = machine_code(compiled[0], tmp_path).in_loops / ENTRIES_PER_THREAD
+    assert per_logit == pytest.approx(INSTRUCTIONS[kind], rel=0.1)
+
+
+@pytest.mark.parametrize("compiled", [90, 80], indirect=True)
+@pytest.mark.parametrize("kind", ["reverse_kl", "gkd"])
+def test_the_policy_compiles(compiled, tmp_path, kind):
+    case = zeros_at_size(kind)
+    policy = Policy(torch.zeros(2, dtype=torch.int64), 1.0, torch.bfloat16)
+    call_policy(case, policy, torch.ones(3, 2), torch.bfloat16, 2048, "cpu")
+    assert len(compiled) == 2
+    for kernel in compiled:
+        found = machine_code(kernel, tmp_path)
+        assert found.registers <= 128 and found.stack <= 16  # a scalar or two
+        assert reads_wide(kernel)
 
 
 DTYPES = [
@@ -553,7 +780,7 @@ def test_compiles_for_hopper(compiled, kind, dtype, gradient):
     if dtype == gradient == torch.float64:
         assert "f32" not in kernel.asm["ttir"]  # a constant or argument of fewer digits
     if dtype == torch.float32:
-        assert "ld.global.v4" in kernel.asm["ptx"]  # memory is read 128 bits at a time
+        assert reads_wide(kernel)
         assert "xf64" not in kernel.asm["ttir"]  # nor is a block computed in more digits than that
 
 
@@ -568,7 +795,7 @@ def test_the_verbs_compile_for_hopper(compiled, kind, launches, dtype):
         if dtype == torch.float64:
             assert "f32" not in kernel.asm["ttir"]
         else:
-            assert "ld.global.v4" in kernel.asm["ptx"] and "xf64" not in kernel.asm["ttir"]
+            assert reads_wide(kernel) and "xf64" not in kernel.asm["ttir"]
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)

@@ -45,6 +45,7 @@ from verl.on_policy_distillation.head import (
     linear_token_divergence,
     tokens_of_head,
 )
+from verl.on_policy_distillation.roofline import Chunking
 
 CASES = [
     ("reverse_kl", 1.0),
@@ -1095,6 +1096,52 @@ def test_chunks_of_less_than_a_token(elements, monkeypatch):
     monkeypatch.setattr(divergence_module, "CACHED_BLOCK_ELEMENTS", elements)
     assert_same(run(p), whole[0])
     assert_same(run_tokens(p, factors), whole[1])
+
+
+@pytest.mark.parametrize(
+    "chunking", [Chunking(3, 3), Chunking(2, 4), Chunking(3, 5), Chunking(16, 16), Chunking(4, 64)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("caps", [{}, {"student_softcap": 2.0, "student_scale": 1.5}])
+def test_groups_of_chunks_change_nothing(caps, dtype, chunking):
+    """Of 11 tokens, some groups end with a shorter chunk, or are shorter themselves; 16-bit gradients are collected."""
+    p, weights, factors = problem(n=11, dtype=dtype), weights_for(11), factors_for(11)
+
+    def both(chunking):
+        q = p.leaves()
+        tensors, biases = q.arguments()
+        out = linear_divergence(*tensors, **biases, **caps, token_weights=weights, chunking=chunking)
+        pure = torch.autograd.grad(out.loss, q.student())
+        log_prob, entropy, tokens = tokens_of(q, **caps, chunking=chunking)
+        results = torch.stack((log_prob, entropy, tokens.divergence))
+        hybrid = torch.autograd.grad((results * factors).sum(), q.student())
+        return out.divergence, results.detach(), (*pure, *hybrid)
+
+    # One rounding of each gradient, and sums in another order.
+    tolerance = FLOAT32 if dtype == torch.float32 else HALF[dtype]
+    assert_same(both(chunking), both(Chunking(11, 11)), tolerance)
+
+
+def test_a_group_has_one_product_with_the_hidden_states(monkeypatch):
+    """Which is what it is for: a product reads and writes the whole sum."""
+    calls = []
+    monkeypatch.setattr(head_module, "_add_product_", lambda total, a, b: calls.append(b.shape[0]))
+    p = problem(n=11, dtype=torch.bfloat16).leaves()
+    tensors, biases = p.arguments()
+    linear_divergence(*tensors, **biases, chunking=Chunking(2, 4)).loss.backward()
+    assert calls == [4, 4, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_in_blocks_is_the_product(dtype, monkeypatch):
+    """What a device does whose torch has no product that adds 16-bit factors to a float32 sum, and a processor."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(37, 5, generator=generator).to(dtype), torch.randn(5, 6, generator=generator).to(dtype))
+    total = torch.randn(37, 6, generator=generator)
+    expected = total.double() + a.double() @ b.double()
+    monkeypatch.setattr(divergence_module, "CHUNK_ELEMENTS", 4 * 6 * 8)
+    head_module._add_product_in_blocks_(total, a, b)
+    assert (total - expected).abs().max() <= HALF[dtype] * expected.abs().max()
 
 
 def test_chunks_of_half_precision_weights_are_summed_in_float32(monkeypatch):

@@ -82,6 +82,8 @@ __all__ = [
     "Entries",
     "LogitSource",
     "Normalized",
+    "Policy",
+    "PolicyRows",
     "Rows",
     "Statistics",
     "Temperatures",
@@ -112,6 +114,10 @@ CHUNK_ELEMENTS = 1 << 25
 # Elements of the blocks in which a processor with a cache walks through a chunk: the five tensors of a block (2 MiB
 # each) then stay in it, and the elementwise passes cost a fraction of what they cost from main memory.
 CACHED_BLOCK_ELEMENTS = 1 << 19
+
+# The same on devices without such a cache: their torch passes need several tensors of a block, and a chunk of logits is
+# large there. 110 tokens of a vocabulary of 152 k, which fill such a device.
+STREAMED_BLOCK_ELEMENTS = 1 << 24
 
 
 class LogitSource(Protocol):
@@ -387,8 +393,8 @@ def chunks(num_tokens: int, vocab: int, elements: int) -> Iterator[slice]:
 
 
 def cache_blocks(logits: torch.Tensor) -> list[slice]:
-    """Slices of rows that stay in a processor's cache; all rows at once on devices that stream from memory."""
-    elements = CACHED_BLOCK_ELEMENTS if logits.device.type == "cpu" else logits.numel()
+    """Slices of rows that a processor's cache holds, or that fill a device without one."""
+    elements = CACHED_BLOCK_ELEMENTS if logits.device.type == "cpu" else STREAMED_BLOCK_ELEMENTS
     return list(chunks(len(logits), logits.shape[-1], elements))
 
 
@@ -729,6 +735,53 @@ def _whole_rows(d: _Shifted, normalized: Normalized) -> Rows:
     ratio = torch.sub(log_s, log_t, out=d.gap)
     s, t = d.e.div_(masses[0]), d.f.div_(masses[1])
     return Rows(s, log_s, t, log_t, ratio, normalized.reverse_kl, normalized.forward_kl)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what RL reads of the student alone
+
+
+class Policy(NamedTuple):
+    """What RL reads of tokens: the log-probability of `labels` (rows,) int64, and the entropy, at `temperature`.
+
+    dtype: logits are rounded to it first, where it is narrower than theirs.
+    """
+
+    labels: torch.Tensor
+    temperature: float
+    dtype: torch.dtype
+
+    def rows(self, rows: slice) -> "Policy":
+        return self._replace(labels=self.labels[rows])
+
+
+class PolicyRows(NamedTuple):
+    """A `policy` over the student's whole vocabulary: log_p (rows, V), and what RL reads of it (rows,).
+
+    With p = softmax(z / tau), d log p_a / dz_v = (1[v = a] - p_v) / tau, and for the entropy H = -sum_v p_v log p_v
+    dH / dz_v = -p_v (log p_v + H) / tau.
+    """
+
+    policy: Policy
+    log_p: torch.Tensor
+    log_prob: torch.Tensor
+    entropy: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, policy: Policy) -> "PolicyRows":
+        """`logits` (rows, V), which stay as they are."""
+        logits = logits.to(policy.dtype).to(logits.dtype, copy=True)
+        log_p = log_zero_(torch.log_softmax(temper_(logits, policy.temperature), dim=-1))
+        entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
+        return cls(policy, log_p, log_p.gather(-1, policy.labels.unsqueeze(-1)).squeeze(-1), entropy)
+
+    def gradient(self, grad_log_prob: torch.Tensor, grad_entropy: torch.Tensor) -> torch.Tensor:
+        """With respect to the logits, (rows, V), of what these (rows,) multiply. Once: it takes the memory of log_p."""
+        p = self.log_p.exp()
+        slope = self.log_p.add_(self.entropy.unsqueeze(-1)).mul_(grad_entropy.unsqueeze(-1))
+        gradient = slope.add_(grad_log_prob.unsqueeze(-1)).mul_(p).neg_()
+        labels = self.policy.labels.unsqueeze(-1)
+        return gradient.scatter_add_(-1, labels, grad_log_prob.unsqueeze(-1)).div_(self.policy.temperature)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,8 +20,12 @@ One program walks one row of both sides in blocks:
 2. gkd and skew_reverse_kl alone: their sums, which need the masses.
 3. The gradient.
 
-For rows that are whole one launch does all three, `_rows_kernel`; for shards of the vocabulary each is a launch of its
-own, and what an all-reduce has made of the results is `normalize`d and `finalize`d by torch in between.
+For rows that are whole one launch does all three, `_rows_kernel`, or all three together with the policy's log-prob and
+entropy, `_policy_kernel`; for shards of the vocabulary each is a launch of its own, and what an all-reduce has made of
+the results is `normalize`d and `finalize`d by torch in between.
+
+Bytes of a logit, both sides in float32 and a 16-bit gradient: 8 for each read and 2 for the gradient, 18 for the KLs
+and 26 for the mixtures. Loads of the next blocks are on their way while one is computed (`NUM_STAGES`).
 
 A student's x, and likewise y, of -inf is a probability of zero, with `LOG_ZERO` for its logarithm. All sums are kept
 per lane of the block and added up at the end of the row.
@@ -40,13 +44,22 @@ from verl.on_policy_distillation.divergence import (
     LOG_ZERO,
     DivergenceSpec,
     Normalized,
+    Policy,
     Statistics,
     Temperatures,
     TokenDivergence,
     function_of,
 )
 
-__all__ = ["divergence_rows_", "gradient", "is_compiled", "mixture_sums", "statistics"]
+__all__ = [
+    "divergence_rows_",
+    "gradient",
+    "is_compiled",
+    "mixture_sums",
+    "policy_gradient_",
+    "policy_rows_",
+    "statistics",
+]
 
 # What the kernels compute: these names, as long as nobody has given them another function.
 _COMPILED = {name: DIVERGENCES[name] for name in ("reverse_kl", "forward_kl", "gkd", "skew_reverse_kl")}
@@ -61,13 +74,26 @@ def is_compiled(spec: DivergenceSpec) -> bool:
 
 # Float32 entries of a row in one step, and of those in one thread. With 2048 and 8, a program has 8 warps, and its
 # eight sums per lane fill half of the 128 registers (what ptxas gives it) that leave room for two programs on one of
-# an H100's 132 multiprocessors. Two, because a chunk of 220 rows is then resident at once, one program computing while
-# the other waits; 16 KiB of loads per program and step, because memory gives its full speed only to some 2 MiB of
-# requests. One choice for all rows: it is computed, not measured, and other sizes would only be compiled in vain.
+# an H100's 132 multiprocessors, one program computing while the other waits; 16 KiB of loads per program and step,
+# because memory gives its full speed only to some 2 MiB of requests. One choice for all rows: it is computed, not
+# measured, and other sizes would only be compiled in vain.
 BLOCK = 2048
 ENTRIES_PER_THREAD = 8
 
+# Blocks that are on their way or being computed. With three, asynchronous copies of two blocks of each side run ahead
+# of the one at hand; without them every step would wait for its loads. Costs 32 KiB of shared memory, and no register.
+NUM_STAGES = 3
+
+_TRITON_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+_REGISTERS = 65536  # of a multiprocessor
+
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
+_NO_ENTRY = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -120,13 +146,28 @@ def _total(kept, lost, own, cross):
 
 @triton.jit
 def _statistics(
-    student, teacher, vocab, student_rate, teacher_rate, LOWEST: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr
+    student,
+    teacher,
+    vocab,
+    student_rate,
+    teacher_rate,
+    policy_rate,
+    POLICY: tl.constexpr,
+    LOWEST: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """First pass: each side's maximum, and each side's four sums; scalars."""
+    """First pass: each side's maximum, the first entry of the student's, and each side's four sums; scalars.
+
+    And of the policy, whose dtype POLICY is (None without one), its maximum and two sums; see `_policy_added`.
+    """
     dtype: tl.constexpr = student.dtype.element_ty
     # Not -inf: -inf - -inf would be NaN where a row begins with a whole block of them.
     s_high = tl.full((), LOWEST, dtype)
     t_high = tl.full((), LOWEST, dtype)
+    p_high = tl.full((), LOWEST, dtype)
+    best_start = 0  # of the block with the first of the largest
     s_kept = tl.zeros((BLOCK,), dtype)
     s_lost = tl.zeros((BLOCK,), dtype)
     s_own = tl.zeros((BLOCK,), dtype)
@@ -135,14 +176,21 @@ def _statistics(
     t_lost = tl.zeros((BLOCK,), dtype)
     t_own = tl.zeros((BLOCK,), dtype)
     t_cross = tl.zeros((BLOCK,), dtype)
-    for start in range(0, vocab, BLOCK):
+    if POLICY is not None:
+        p_mass = tl.zeros((BLOCK,), dtype)
+        p_own = tl.zeros((BLOCK,), dtype)
+    for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
         z = _load(student, start, vocab, BLOCK)
         u = _load(teacher, start, vocab, BLOCK)
-        s_high, s_step = _step(s_high, z, student_rate, FAR)
+        s_grown, s_step = _step(s_high, z, student_rate, FAR)
         t_high, t_step = _step(t_high, u, teacher_rate, FAR)
         if s_step + t_step > 0:  # a few times a row: the other blocks are spared a third of the work
             s_kept, s_lost, s_own, s_cross = _moved(s_kept, s_lost, s_own, s_cross, s_step, t_step)
             t_kept, t_lost, t_own, t_cross = _moved(t_kept, t_lost, t_own, t_cross, t_step, s_step)
+            if POLICY is not None:
+                p_high, p_mass, p_own = _policy_moved(p_high, p_mass, p_own, s_grown, policy_rate, POLICY, FAR)
+        best_start = tl.where(s_grown > s_high, start, best_start)
+        s_high = s_grown
         x = (z - s_high) * student_rate
         y = (u - t_high) * teacher_rate
         is_x_lost = y == -float("inf")
@@ -153,7 +201,15 @@ def _statistics(
         y = _known(y, 0.0, FAR)
         s_kept, s_lost, s_own, s_cross = _added(s_kept, s_lost, s_own, s_cross, e, x, x - y, is_x_lost)
         t_kept, t_lost, t_own, t_cross = _added(t_kept, t_lost, t_own, t_cross, f, y, y - x, is_y_lost)
-    return s_high, t_high, _total(s_kept, s_lost, s_own, s_cross), _total(t_kept, t_lost, t_own, t_cross)
+        if POLICY is not None:
+            p_mass, p_own = _policy_added(p_high, p_mass, p_own, z, policy_rate, POLICY, FAR)
+    is_best = _load(student, best_start, vocab, BLOCK) == s_high
+    best = tl.min(tl.where(is_best, best_start + tl.arange(0, BLOCK), _NO_ENTRY), axis=0)
+    policy = (p_high, p_high, p_high)
+    if POLICY is not None:
+        policy = (p_high, tl.sum(p_mass, axis=0), tl.sum(p_own, axis=0))
+    student_sums = _total(s_kept, s_lost, s_own, s_cross)
+    return s_high, t_high, student_sums, _total(t_kept, t_lost, t_own, t_cross), best, policy
 
 
 @triton.jit
@@ -182,21 +238,66 @@ def _expm1(x, exp_x):
 
 
 @triton.jit
+def _within_limits(log_ratio):
+    """Keeps the exponential finite, and above zero.
+
+    An entry beyond the limit has e^-80 of the other side's mass (e^-700 in float64). Not tl.clamp, which would replace
+    NaN.
+    """
+    limit: tl.constexpr = 700.0 if log_ratio.dtype == tl.float64 else 80.0
+    return tl.where(log_ratio > limit, limit, tl.where(log_ratio < -limit, -limit, log_ratio))
+
+
+@triton.jit
+def _log1p(excess, over):
+    """log(1 + excess), given over = 1 + excess, which has the digits where it is small. As in `_expm1`, no library."""
+    if excess.dtype == tl.float64:
+        log_over = tl.where(over == 1.0, excess, tl.log(over) * (excess / (over - 1.0)))  # Kahan, as in `_expm1`
+    else:
+        # over = 2^k (1 + m) with m in [-1/4, 1/2): k is the exponent of over / 0.75. The series is a minimax fit of
+        # log(1 + m) = m - m^2 / 2 + m^3 q(m), with an error below 5e-9 of it.
+        exponent = (over.to(tl.int32, bitcast=True) - 0x3F400000) & -0x800000
+        scale = (0x3F800000 - exponent).to(tl.float32, bitcast=True)
+        m = tl.where(excess < -0.5, over * scale - 1.0, excess * scale + (scale - 1.0))
+        q = 0.14478394 + m * (-0.13161194 + m * (0.10463022 + m * -0.045074806))
+        q = 0.3333345 + m * (-0.25000095 + m * (0.19990861 + m * (-0.16647312 + m * q)))
+        log_over = m + m * m * (-0.5 + m * q) + exponent.to(tl.float32) * 8.2629582e-08  # log(2) / 2^23
+    return log_over
+
+
+@triton.jit
 def _log_mixture_over(log_ratio, weight, rest):
     """log(M / P), M / P and M / P - 1 for M = weight Q + rest P and log_ratio = log Q - log P.
 
     A small M / P - 1 keeps its digits in the logarithm, and a small M / P, as the sum of its two terms, does too.
     """
-    # Keeps the exponential finite, and above zero. An entry beyond the limit has e^-80 of the other side's mass
-    # (e^-700 in float64). Not tl.clamp, which would replace NaN.
-    limit: tl.constexpr = 700.0 if log_ratio.dtype == tl.float64 else 80.0
-    log_ratio = tl.where(log_ratio > limit, limit, tl.where(log_ratio < -limit, -limit, log_ratio))
+    log_ratio = _within_limits(log_ratio)
     ratio = tl.exp(log_ratio)
     excess = weight * _expm1(log_ratio, ratio)
     over = tl.where(excess < -0.5, weight * ratio + rest, 1.0 + excess)
-    # log1p by Kahan's quotient, see `_expm1`.
-    log_over = tl.where(over == 1.0, excess, tl.log(over) * (excess / (over - 1.0)))
-    return log_over, over, excess
+    return _log1p(excess, over), over, excess
+
+
+@triton.jit
+def _log_mixture_over_both(log_ratio, beta, rest):
+    """log(M / S) and log(M / T) for M = beta T + rest S and log_ratio = log S - log T.
+
+    One exponential serves both: with P the larger of the two, Q the other, and w = Q / P,
+    M / P - 1 = weight of Q * (w - 1) and M / Q - 1 = weight of P * (1 - w) / w.
+    """
+    log_ratio = _within_limits(log_ratio)
+    is_s_larger = log_ratio >= 0.0
+    less = -tl.abs(log_ratio)
+    w = tl.exp(less)
+    below = _expm1(less, w)
+    weight_q = tl.where(is_s_larger, beta, rest)
+    weight_p = tl.where(is_s_larger, rest, beta)
+    excess_p = weight_q * below
+    over_p = tl.where(excess_p < -0.5, weight_q * w + weight_p, 1.0 + excess_p)
+    excess_q = weight_p * (-below / w)
+    log_p = _log1p(excess_p, over_p)
+    log_q = _log1p(excess_q, 1.0 + excess_q)
+    return tl.where(is_s_larger, log_p, log_q), tl.where(is_s_larger, log_q, log_p)
 
 
 @triton.jit
@@ -229,21 +330,21 @@ def _mixture_sums(
     KIND: tl.constexpr,
     FAR: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Second pass: the two sums of `divergence.py`'s function of the same kind; scalars."""
     dtype: tl.constexpr = student.dtype.element_ty
     first = tl.zeros((BLOCK,), dtype)
     second = tl.zeros((BLOCK,), dtype)
     blocks = tl.cdiv(vocab, BLOCK)
-    for index in range(0, blocks):
+    for index in tl.range(0, blocks, num_stages=STAGES):
         # Backwards: the cache holds the end of the row, which the first pass has just read.
         start = (blocks - 1 - index) * BLOCK
         z = _load(student, start, vocab, BLOCK)
         u = _load(teacher, start, vocab, BLOCK)
         s, t, log_ratio = _distributions(z, u, normal, FAR)
         if KIND == "gkd":
-            log_m_over_s, _, _ = _log_mixture_over(-log_ratio, beta, rest)
-            log_m_over_t, _, _ = _log_mixture_over(log_ratio, rest, beta)
+            log_m_over_s, log_m_over_t = _log_mixture_over_both(log_ratio, beta, rest)
             first += t * log_m_over_t
             second += s * log_m_over_s
         else:
@@ -273,13 +374,31 @@ def _finalize(reverse_kl, forward_kl, teacher_entropy, sums, beta, rest, KIND: t
 
 
 @triton.jit
-def _first_best(student, vocab, high, BLOCK: tl.constexpr):
-    """The first entry of the student's maximum, scalar."""
-    best = tl.full((BLOCK,), 2147483647, tl.int32)
-    for start in range(0, vocab, BLOCK):
-        entry = start + tl.arange(0, BLOCK)
-        best = tl.minimum(best, tl.where(_load(student, start, vocab, BLOCK) == high, entry, 2147483647))
-    return tl.min(best, axis=0)
+def _slope(z, u, normal, mean, is_forward, beta, rest, KIND: tl.constexpr, FAR: tl.constexpr):
+    """tau * dD/dz of a block of logits, (BLOCK,)."""
+    s, t, log_ratio = _distributions(z, u, normal, FAR)
+    if KIND == "reverse_kl":
+        slope = s * (log_ratio - mean)
+    elif KIND == "forward_kl":
+        slope = s - t
+    elif KIND == "entropy_switch":
+        slope = tl.where(is_forward, s - t, s * (log_ratio - mean))
+    elif KIND == "gkd":
+        log_m_over_s, _, _ = _log_mixture_over(-log_ratio, beta, rest)
+        slope = s * rest * (mean - log_m_over_s)
+    else:
+        _, h = _skew_slope(log_ratio, beta, rest)
+        slope = s * (h - mean)
+    return slope
+
+
+@triton.jit
+def _store(row, start, vocab, values, BLOCK: tl.constexpr):
+    """Entries of a row, in its dtype."""
+    if row.dtype.element_ty.primitive_bitwidth == 16:
+        values = values.to(tl.float32)  # from float64 there is no direct way
+    entry = start + tl.arange(0, BLOCK)
+    tl.store(row + entry, values.to(row.dtype.element_ty), mask=entry < vocab)
 
 
 @triton.jit
@@ -298,37 +417,59 @@ def _write_gradient(
     IS_BACKWARD: tl.constexpr,
     FAR: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Last pass: `factor` * tau * dD/dz. Returns the first entry of the student's maximum (scalar), which it meets."""
-    best = tl.full((BLOCK,), 2147483647, tl.int32)
+    """Last pass: `factor` * tau * dD/dz. It may go over the student's logits: no block is read after it is written."""
     blocks = tl.cdiv(vocab, BLOCK)
-    for index in range(0, blocks):
+    for index in tl.range(0, blocks, num_stages=STAGES):
         if IS_BACKWARD:  # against the direction of the pass before, as in `_mixture_sums`
             start = (blocks - 1 - index) * BLOCK
         else:
             start = index * BLOCK
-        entry = start + tl.arange(0, BLOCK)
         z = _load(student, start, vocab, BLOCK)
         u = _load(teacher, start, vocab, BLOCK)
-        best = tl.minimum(best, tl.where(z == normal[0], entry, 2147483647))
-        s, t, log_ratio = _distributions(z, u, normal, FAR)
-        if KIND == "reverse_kl":
-            slope = s * (log_ratio - mean)
-        elif KIND == "forward_kl":
-            slope = s - t
-        elif KIND == "entropy_switch":
-            slope = tl.where(is_forward, s - t, s * (log_ratio - mean))
-        elif KIND == "gkd":
-            log_m_over_s, _, _ = _log_mixture_over(-log_ratio, beta, rest)
-            slope = s * rest * (mean - log_m_over_s)
-        else:
-            _, h = _skew_slope(log_ratio, beta, rest)
-            slope = s * (h - mean)
-        slope *= factor
-        if gradient.dtype.element_ty.primitive_bitwidth == 16:
-            slope = slope.to(tl.float32)  # from float64 there is no direct way
-        tl.store(gradient + entry, slope.to(gradient.dtype.element_ty), mask=entry < vocab)
-    return tl.min(best, axis=0)
+        slope = _slope(z, u, normal, mean, is_forward, beta, rest, KIND, FAR)
+        _store(gradient, start, vocab, slope * factor, BLOCK)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the policy: log-probability of a label, and entropy, of the student alone
+
+
+@triton.jit
+def _policy_moved(high, mass, own, s_high, policy_rate, POLICY: tl.constexpr, FAR: tl.constexpr):
+    """The policy's maximum and its sums of e and e x, moved to where the student's maximum is `s_high`."""
+    grown = tl.maximum(high, _rounded(s_high, POLICY))  # rounding keeps the order, so this is the rounded logits'
+    step = (grown - high) * policy_rate
+    step = tl.where(step > FAR, FAR, step)
+    factor = tl.exp(-step)
+    return grown, mass * factor, (own - step * mass) * factor
+
+
+@triton.jit
+def _policy_added(high, mass, own, z, policy_rate, POLICY: tl.constexpr, FAR: tl.constexpr):
+    """Its sums (BLOCK,) with a block of logits, none of which is above the maximum."""
+    x = (_rounded(z, POLICY) - high) * policy_rate
+    e = tl.exp(x)
+    return mass + e, own + e * _known(x, 0.0, FAR)
+
+
+@triton.jit
+def _rounded(z, POLICY: tl.constexpr):
+    """As a head that computes in the dtype POLICY would have given it."""
+    return z.to(tl.float32).to(POLICY).to(z.dtype) if POLICY.primitive_bitwidth == 16 else z
+
+
+@triton.jit
+def _policy_slope(
+    z, entry, label, policy, policy_rate, of_log_prob, of_entropy, POLICY: tl.constexpr, FAR: tl.constexpr
+):
+    """of_log_prob * tau * dlog p_label/dz + of_entropy * tau * dH/dz of a block of logits, (BLOCK,)."""
+    p_high, log_mass, entropy = policy
+    x = (_rounded(z, POLICY) - p_high) * policy_rate
+    p = tl.exp(x - log_mass)
+    slope = -p * (of_log_prob + of_entropy * (_known(x, 0.0, FAR) - log_mass + entropy))
+    return tl.where(entry == label, slope + of_log_prob, slope)
 
 
 @triton.jit(do_not_specialize=["rows"])  # the last chunk's number may be any
@@ -351,6 +492,7 @@ def _rows_kernel(
     LOWEST: tl.constexpr,
     FAR: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program per row. student, teacher, gradient: (rows, vocab), with strides from row to row.
 
@@ -368,16 +510,17 @@ def _rows_kernel(
     beta = _parameter(beta, dtype)
     rest = _parameter(rest, dtype)
 
-    s_high, t_high, s_sums, t_sums = _statistics(
-        student, teacher, vocab, student_rate, teacher_rate, LOWEST, FAR, BLOCK
+    s_high, t_high, s_sums, t_sums, best, _ = _statistics(
+        student, teacher, vocab, student_rate, teacher_rate, student_rate, None, LOWEST, FAR, BLOCK, STAGES
     )
     normal, divergences, entropies = _normalize(s_high, t_high, s_sums, t_sums, student_rate, teacher_rate)
     sums = divergences  # not read without a mixture
     if is_mixture:
-        sums = _mixture_sums(student, teacher, vocab, normal, beta, rest, KIND, FAR, BLOCK)
+        sums = _mixture_sums(student, teacher, vocab, normal, beta, rest, KIND, FAR, BLOCK, STAGES)
     value, mean, is_forward = _finalize(divergences[0], divergences[1], entropies[1], sums, beta, rest, KIND)
+    _store_results(results + row, rows, value, divergences, entropies, teacher, best, vocab, t_high)
     factor = tl.load(factors + row)
-    best = _write_gradient(
+    _write_gradient(
         student,
         teacher,
         gradient,
@@ -392,18 +535,117 @@ def _rows_kernel(
         not is_mixture,
         FAR,
         BLOCK,
+        STAGES,
     )
-    # A row of NaN has no maximum.
-    is_agreed = tl.load(teacher + best, mask=best < vocab, other=-float("inf")) == normal[3]
 
-    # The order of TokenDivergence's fields.
-    results += row
+
+@triton.jit
+def _store_results(results, rows, value, divergences, entropies, teacher, best, vocab, t_high):
+    """The fields of `TokenDivergence`, in their order. `best`: the first entry of the student's maximum."""
+    # A row of NaN has no maximum.
+    is_agreed = tl.load(teacher + best, mask=best < vocab, other=-float("inf")) == t_high
     tl.store(results, value)
     tl.store(results + rows, divergences[0])
     tl.store(results + 2 * rows, divergences[1])
     tl.store(results + 3 * rows, entropies[0])
     tl.store(results + 4 * rows, entropies[1])
-    tl.store(results + 5 * rows, is_agreed.to(dtype))
+    tl.store(results + 5 * rows, is_agreed.to(results.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _policy_kernel(
+    student,
+    teacher,
+    gradient,
+    results,
+    labels,
+    upstream,
+    student_stride,
+    teacher_stride,
+    gradient_stride,
+    rows,
+    vocab,
+    policy_vocab,
+    student_rate: tl.float64,
+    teacher_rate: tl.float64,
+    policy_rate: tl.float64,
+    beta: tl.float64,
+    rest: tl.float64,
+    KIND: tl.constexpr,
+    POLICY: tl.constexpr,
+    IS_GRADIENT: tl.constexpr,
+    LOWEST: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """`_rows_kernel` and the policy over policy_vocab >= vocab entries; one program per row.
+
+    With IS_GRADIENT `gradient` (rows, policy_vocab), of `upstream` (3, rows): what multiplies the gradients of
+    log-prob, entropy and divergence. Else `results` (8, rows): the log-prob of `labels` (rows,), the entropy, and those
+    of `_rows_kernel`. The other is not touched.
+    """
+    dtype: tl.constexpr = student.dtype.element_ty
+    is_mixture: tl.constexpr = KIND == "gkd" or KIND == "skew_reverse_kl"
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    student_rate = _parameter(student_rate, dtype)
+    teacher_rate = _parameter(teacher_rate, dtype)
+    policy_rate = _parameter(policy_rate, dtype)
+    beta = _parameter(beta, dtype)
+    rest = _parameter(rest, dtype)
+
+    s_high, t_high, s_sums, t_sums, best, policy = _statistics(
+        student, teacher, vocab, student_rate, teacher_rate, policy_rate, POLICY, LOWEST, FAR, BLOCK, STAGES
+    )
+    p_high, p_mass, p_own = _policy_of_the_rest(student, vocab, policy_vocab, policy, policy_rate, POLICY, FAR, BLOCK)
+    log_mass = tl.log(p_mass)
+    entropy = log_mass - p_own / p_mass
+    normal, divergences, entropies = _normalize(s_high, t_high, s_sums, t_sums, student_rate, teacher_rate)
+    sums = divergences
+    if is_mixture:
+        sums = _mixture_sums(student, teacher, vocab, normal, beta, rest, KIND, FAR, BLOCK, STAGES)
+    value, mean, is_forward = _finalize(divergences[0], divergences[1], entropies[1], sums, beta, rest, KIND)
+    label = tl.load(labels + row)
+    if IS_GRADIENT:
+        gradient += row * gradient_stride
+        of_log_prob = tl.load(upstream + row) * policy_rate
+        of_entropy = tl.load(upstream + rows + row) * policy_rate
+        of_divergence = tl.load(upstream + 2 * rows + row) * student_rate
+        # Whole blocks of both, then what the teacher does not have. A block is read before any of it is written.
+        for start in tl.range(0, policy_vocab, BLOCK, num_stages=STAGES):
+            entry = start + tl.arange(0, BLOCK)
+            z = _load(student, start, policy_vocab, BLOCK)
+            u = _load(teacher, start, vocab, BLOCK)
+            slope = _slope(z, u, normal, mean, is_forward, beta, rest, KIND, FAR)
+            slope = tl.where(entry < vocab, slope * of_divergence, 0.0)
+            slope += _policy_slope(
+                z, entry, label, (p_high, log_mass, entropy), policy_rate, of_log_prob, of_entropy, POLICY, FAR
+            )
+            _store(gradient, start, policy_vocab, slope, BLOCK)
+    else:
+        x = (_rounded(tl.load(student + label), POLICY) - p_high) * policy_rate
+        results += row
+        tl.store(results, _known(x, _LOG_ZERO + log_mass, FAR) - log_mass)
+        tl.store(results + rows, entropy)
+        _store_results(results + 2 * rows, rows, value, divergences, entropies, teacher, best, vocab, t_high)
+
+
+@triton.jit
+def _policy_of_the_rest(
+    student, vocab, policy_vocab, policy, policy_rate, POLICY: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The policy's maximum and sums with the entries from `vocab` on added, scalars."""
+    high, mass, own = policy
+    for start in range(vocab, policy_vocab, BLOCK):
+        z = _load(student, start, policy_vocab, BLOCK)
+        high, mass, own = _policy_moved(high, mass, own, tl.max(z, axis=0), policy_rate, POLICY, FAR)
+        zeros = tl.zeros((BLOCK,), z.dtype)
+        e, e_x = _policy_added(high, zeros, zeros, z, policy_rate, POLICY, FAR)
+        mass += tl.sum(e, axis=0)
+        own += tl.sum(e_x, axis=0)
+    return high, mass, own
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -422,6 +664,7 @@ def _statistics_kernel(
     LOWEST: tl.constexpr,
     FAR: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program per row. The results are the fields of `Statistics`, contiguous."""
     dtype: tl.constexpr = student.dtype.element_ty
@@ -430,15 +673,14 @@ def _statistics_kernel(
     teacher += row * teacher_stride
     student_rate = _parameter(student_rate, dtype)
     teacher_rate = _parameter(teacher_rate, dtype)
-    s_high, t_high, s_sums, t_sums = _statistics(
-        student, teacher, vocab, student_rate, teacher_rate, LOWEST, FAR, BLOCK
+    s_high, t_high, s_sums, t_sums, best, _ = _statistics(
+        student, teacher, vocab, student_rate, teacher_rate, student_rate, None, LOWEST, FAR, BLOCK, STAGES
     )
     tl.store(highest + row, s_high)
     tl.store(highest + rows + row, t_high)
     for i in tl.static_range(4):
         tl.store(sums + i * rows + row, s_sums[i])
         tl.store(sums + (4 + i) * rows + row, t_sums[i])
-    best = _first_best(student, vocab, s_high, BLOCK)
     tl.store(top + row, tl.load(teacher + best, mask=best < vocab, other=-float("inf")))
 
 
@@ -468,6 +710,7 @@ def _mixture_kernel(
     KIND: tl.constexpr,
     FAR: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program per row. highest, masses: (2, rows), of the whole vocabulary; sums: (2, rows), of the shard."""
     dtype: tl.constexpr = student.dtype.element_ty
@@ -479,7 +722,7 @@ def _mixture_kernel(
     beta = _parameter(beta, dtype)
     rest = _parameter(rest, dtype)
     normal = _load_normal(highest, masses, row, rows, student_rate, teacher_rate)
-    first, second = _mixture_sums(student, teacher, vocab, normal, beta, rest, KIND, FAR, BLOCK)
+    first, second = _mixture_sums(student, teacher, vocab, normal, beta, rest, KIND, FAR, BLOCK, STAGES)
     tl.store(sums + row, first)
     tl.store(sums + rows + row, second)
 
@@ -505,6 +748,7 @@ def _gradient_kernel(
     KIND: tl.constexpr,
     FAR: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program per row, as in `_mixture_kernel`. means (k, rows) as `finalize` gives them; factors (rows,)."""
     dtype: tl.constexpr = student.dtype.element_ty
@@ -523,7 +767,7 @@ def _gradient_kernel(
         is_forward = tl.load(means + rows + row) > 0
     factor = tl.load(factors + row)
     _write_gradient(
-        student, teacher, gradient, factor, vocab, normal, mean, is_forward, beta, rest, KIND, False, FAR, BLOCK
+        student, teacher, gradient, factor, vocab, normal, mean, is_forward, beta, rest, KIND, False, FAR, BLOCK, STAGES
     )
 
 
@@ -542,7 +786,7 @@ def _on_device(logits: torch.Tensor) -> AbstractContextManager:
 
 def _options(logits: torch.Tensor) -> dict:
     block, num_warps = _block_and_warps(logits.dtype)
-    return {"FAR": divergence.far(logits.dtype), "BLOCK": block, "num_warps": num_warps}
+    return {"FAR": divergence.far(logits.dtype), "BLOCK": block, "STAGES": NUM_STAGES, "num_warps": num_warps}
 
 
 def _factors(weights: torch.Tensor, temperatures: Temperatures, like: torch.Tensor) -> torch.Tensor:
@@ -670,3 +914,80 @@ def divergence_rows_(
                 **_options(student),
             )
     return results
+
+
+def policy_rows_(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    spec: DivergenceSpec,
+    temperatures: Temperatures,
+    policy: Policy,
+) -> torch.Tensor:
+    """What `policy` reads of rows, and `divergence_rows_` without a gradient, in one launch.
+
+    Args:
+        student: logits (rows, V_s), all entries of which the policy is over; it stays as it is.
+        teacher: logits (rows, V <= V_s), of the student's first entries.
+
+    Returns:
+        (2 + fields of `TokenDivergence`, rows): the log-probability of the label and the entropy first.
+    """
+    results = student.new_empty((2 + len(TokenDivergence._fields), len(student)))
+    _launch_policy(student, teacher, spec, temperatures, policy, results, results, student, is_gradient=False)
+    return results
+
+
+def policy_gradient_(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    spec: DivergenceSpec,
+    temperatures: Temperatures,
+    policy: Policy,
+    upstream: torch.Tensor,
+    gradient: torch.Tensor,
+) -> None:
+    """The gradient by `student` of sum(upstream * (log-probability, entropy, divergence)), in one launch.
+
+    Args:
+        upstream: (3, rows).
+        gradient: (rows, V_s), any float dtype, in which it is written; `student` itself will do.
+        Everything else as in `policy_rows_`.
+    """
+    upstream = upstream.to(student.dtype).contiguous()
+    _launch_policy(student, teacher, spec, temperatures, policy, upstream, upstream, gradient, is_gradient=True)
+
+
+def _launch_policy(
+    student, teacher, spec, temperatures, policy: Policy, results, upstream, gradient, is_gradient: bool
+) -> None:
+    rows, policy_vocab = student.shape
+    if not rows:
+        return
+    rates = (*(1.0 / temperature for temperature in temperatures), 1.0 / policy.temperature)
+    options = _options(student)
+    if student.dtype == torch.float32:
+        # So that two programs share a multiprocessor. With the policy's sums one would else take 180 for each thread.
+        options["maxnreg"] = _REGISTERS // (2 * 32 * options["num_warps"])
+    with _on_device(student):
+        _policy_kernel[(rows,)](
+            student,
+            teacher,
+            gradient,
+            results,
+            policy.labels.contiguous(),
+            upstream,
+            student.stride(0),
+            teacher.stride(0),
+            gradient.stride(0),
+            rows,
+            teacher.shape[-1],
+            policy_vocab,
+            *rates,
+            spec.parameter,
+            1.0 - spec.parameter,
+            KIND=spec.resolve(),
+            POLICY=_TRITON_DTYPES[policy.dtype],
+            IS_GRADIENT=is_gradient,
+            LOWEST=torch.finfo(student.dtype).min,
+            **options,
+        )

@@ -21,7 +21,8 @@ a = h W^T + b and G = dloss/da (n, V), the rest is matrix products:
 Its logits are z = scale * a, or softcap * tanh(scale * a / softcap). A factor of the logits is one of the temperature,
 and costs nothing there; dz/da of a soft cap is scale / cosh(scale * a / softcap)^2.
 
-Two functions share one loop over chunks of tokens. No tensor of (tokens, V) outlives its chunk.
+Two functions share one loop over chunks of tokens. No tensor of (tokens, V) outlives its chunk, but for the gradients
+of a `Group` of chunks, which go into the products together: how many tokens at a time is `roofline.py`'s topic.
 
 `divergence_of_head` is for a loss sum_i w_i D_i whose weights are known beforehand. G is then known as soon as a
 chunk's logits are, so the forward makes the gradients too: three products with the student's weight, one with the
@@ -58,14 +59,15 @@ from verl.on_policy_distillation.divergence import (
     DIVERGENCES,
     DivergenceSpec,
     LogitSource,
+    Policy,
+    PolicyRows,
     Temperatures,
     TokenDivergence,
     cache_blocks,
     chunks,
-    log_zero_,
-    temper_,
 )
 from verl.on_policy_distillation.mixture import MixtureLogits, mixture_of
+from verl.on_policy_distillation.roofline import Chunking, accelerator_of, chunking_for
 
 __all__ = [
     "KL_TO",
@@ -86,6 +88,11 @@ __all__ = [
 
 # How far a loss may be from token_weights, relative to the largest of its weights: rounding, not another loss.
 WEIGHT_TOLERANCE = 1e-4
+
+# Whether torch.addmm takes factors narrower than what it adds to. Before 2.10 it raises; mm does since 2.8.
+_HAS_WIDE_ADDMM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+
+_MIXTURE_SIDES = 8  # chunks of logits that are alive at once when teachers are mixed
 
 KL_TO = "kl_to/"  # how the names of `extra_columns` begin that are KL(S||T_k) of one of several teachers
 REST_MASSES = ("teacher_rest_mass", "student_rest_mass")
@@ -245,11 +252,16 @@ def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None
     """total (V, H) += a (V, rows) @ b (rows, H), summed in the dtype of `total`."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
+    elif a.is_cuda and _HAS_WIDE_ADDMM:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # a 16-bit product on a device without wide ones: by blocks, as its (V, H) result is larger than a chunk
-        for rows in chunks(len(total), total.shape[1], divergence_module.CHUNK_ELEMENTS // 4):
-            total[rows] += torch.mm(a[rows], b)
+    else:
+        _add_product_in_blocks_(total, a, b)
+
+
+def _add_product_in_blocks_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`_add_product_` where no product adds to a wider result: by blocks, as the (V, H) result exceeds a chunk."""
+    for rows in chunks(len(total), total.shape[1], divergence_module.CHUNK_ELEMENTS // 4):
+        total[rows] += wide_mm(a[rows], b)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,7 +359,7 @@ class _Target(NamedTuple):
         gradient: torch.Tensor,
     ) -> torch.Tensor:
         """`divergence_rows_` of both sides in their units; the gradient is by the student's. (`fields`, rows)."""
-        temperature = self.spec.temperature / head.unit
+        temperature = self.temperatures(head).student
         if self.shared is None:
             return self._rows_(temperature, student, said, weights, gradient)
         coarse = coarsen_(student, self.shared.named(len(student)), temperature)
@@ -376,6 +388,16 @@ class _Target(NamedTuple):
         results = function(coarse.logits, teacher, self.spec, one, scaled, coarse.logits)
         refine(coarse, coarse.logits, gradient)
         return results
+
+    def fused(self, student: torch.Tensor) -> Optional[ModuleType]:
+        """Whose `policy_rows_` and `policy_gradient_` take the divergence and the policy at once; None if nobody's."""
+        is_plain = self.shared is None and not isinstance(self.teacher, TopKTail)
+        module = implementation(student, self.spec)
+        return module if is_plain and module is not divergence_module else None
+
+    def temperatures(self, head: LinearLogits) -> Temperatures:
+        """What divides each side's logits in their units."""
+        return Temperatures(self.spec.temperature / head.unit, self.spec.temperature / self.teacher.unit)
 
 
 def _rows_of(said: torch.Tensor | TopKTail, rows: slice) -> torch.Tensor | TopKTail:
@@ -408,34 +430,79 @@ class _Sorting(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """A few tokens, and where both sides' logits of them go. The memory is the next chunk's afterwards."""
+    """A few tokens, and where both sides' logits and the gradient of them go. It is the next chunk's afterwards."""
 
     tokens: slice
     student: torch.Tensor
     teacher: Optional[torch.Tensor]
     before_cap: Optional[torch.Tensor]
+    gradient: torch.Tensor  # (tokens, V), in the weight's dtype; may be the memory of the student's logits
 
 
-def _memory(logits: LogitSource, tokens: int) -> Optional[torch.Tensor]:
-    """For the logits of a chunk; None if they are not projected. To allocate once saves a page fault per 4 KiB."""
-    if isinstance(logits, SharedLogits):
-        return _memory(logits.source, tokens)
-    if not isinstance(logits, LinearLogits):
-        return None
+class _Group(NamedTuple):
+    """Tokens whose gradients, when all chunks are done, go into the products together."""
+
+    tokens: slice
+    chunks: list[_Chunk]
+    gradient: torch.Tensor
+
+
+def _memory(logits: LinearLogits, tokens: int) -> torch.Tensor:
+    """For the logits of a chunk. To allocate once saves a page fault per 4 KiB."""
     return logits.hidden.new_empty((tokens, logits.shape[-1]), dtype=logits.dtype)
 
 
-def _token_chunks(head: LinearLogits, target: _Target, needs_gradients: bool) -> Iterator[_Chunk]:
-    slices = list(chunks(*head.shape, divergence_module.CHUNK_ELEMENTS))
-    longest = slices[0].stop if slices else 0
-    before_cap = _memory(head, longest) if needs_gradients and head.softcap is not None else None
-    memory = _memory(head, longest), _memory(target.teacher, longest), before_cap
-    return (_Chunk(tokens, *memory) for tokens in slices)
+def _source(teacher: LogitSource) -> LogitSource:
+    """Whose logits are read."""
+    return teacher.source if isinstance(teacher, SharedLogits) else teacher
+
+
+def _chunking(head: LinearLogits, target: _Target) -> Chunking:
+    """The fastest by an accelerator's roofline; on a processor even chunks of `CHUNK_ELEMENTS`."""
+    tokens, vocab = head.shape
+    if head.hidden.is_cuda:
+        teacher, student_width = _source(target.teacher), head.hidden.shape[-1]
+        teacher_width = teacher.hidden.shape[-1] if isinstance(teacher, LinearLogits) else student_width
+        sides = _MIXTURE_SIDES if isinstance(teacher, MixtureLogits) else 2
+        accelerator = accelerator_of(head.hidden.device)
+        return chunking_for(tokens, vocab, student_width, teacher_width, head.weight.itemsize, accelerator, sides)
+    first = next(iter(chunks(tokens, vocab, divergence_module.CHUNK_ELEMENTS)), slice(0, 1))
+    return Chunking(rows=first.stop, group=first.stop)
+
+
+def _token_groups(
+    head: LinearLogits, target: _Target, chunking: Optional[Chunking], needs_gradients: bool
+) -> Iterator[_Group]:
+    rows, group = chunking or _chunking(head, target)
+    is_over = head.dtype == head.weight.dtype or not needs_gradients
+    group = rows if is_over else group
+    tokens = head.shape[0]
+    rows, group = min(rows, tokens), min(group, tokens)
+    student, source = _memory(head, rows), _source(target.teacher)
+    teacher = _memory(source, rows) if isinstance(source, LinearLogits) else None
+    before_cap = _memory(head, rows) if needs_gradients and head.softcap is not None else None
+    gradient = student if is_over else student.new_empty((group, student.shape[-1]), dtype=head.weight.dtype)
+    for first in range(0, tokens, max(group, 1)):
+        last = min(first + group, tokens)
+        slices = [slice(start, min(start + rows, last)) for start in range(first, last, rows)]
+        parts = [
+            _Chunk(part, student, teacher, before_cap, gradient[part.start - first : part.stop - first])
+            for part in slices
+        ]
+        yield _Group(slice(first, last), parts, gradient[: last - first])
 
 
 def _student_logits(head: LinearLogits, chunk: _Chunk) -> torch.Tensor:
     """The student's logits of a chunk, in its units, in the memory that the chunk brings."""
     return head.in_units(chunk.tokens, chunk.student, chunk.before_cap)
+
+
+def _keep_gradient(head: LinearLogits, chunk: _Chunk, gradient: torch.Tensor) -> None:
+    """`gradient` (chunk, V), by the logits in their units, made one by the product, to where the chunk's goes."""
+    if chunk.before_cap is not None:
+        head.uncap_(gradient, chunk.before_cap)
+    if gradient.data_ptr() != chunk.gradient.data_ptr():
+        chunk.gradient.copy_(gradient)
 
 
 def _exact(head: LinearLogits) -> torch.autocast:
@@ -451,7 +518,7 @@ class _HeadDivergence(torch.autograd.Function):
     """Per-token results and gradients in one pass; the backward scales the gradients."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, whole, target, token_weights, needs_gradients):
+    def forward(ctx, hidden, weight, bias, whole, target, token_weights, needs_gradients, chunking):
         head = whole.cut(target.vocab)
         gradients = _HeadGradients(whole, tuple(needs_gradients and needs for needs in ctx.needs_input_grad[:3]))
         results = hidden.new_empty((target.fields + target.teachers, len(hidden)), dtype=whole.dtype)
@@ -459,9 +526,11 @@ class _HeadDivergence(torch.autograd.Function):
         # At most one in the products, so that the 16-bit gradients of a mean over many tokens do not vanish.
         largest = torch.linalg.vector_norm(token_weights, torch.inf) if len(hidden) else token_weights.new_ones(())
         largest = largest.clamp_min(torch.finfo(results.dtype).tiny)
-        for chunk in _token_chunks(head, target, gradients.is_any):
-            weights = token_weights[chunk.tokens] / largest
-            results[:, chunk.tokens] = _one_pass(head, target, chunk, weights, gradients)
+        for group in _token_groups(head, target, chunking, gradients.is_any):
+            for chunk in group.chunks:
+                weights = token_weights[chunk.tokens] / largest
+                results[:, chunk.tokens] = _one_pass(head, target, chunk, weights)
+            gradients.add(group.tokens, group.gradient)
         ctx.gradients, ctx.token_weights, ctx.largest = gradients, token_weights, largest
         ctx.mark_non_differentiable(*(columns := results.unbind())[1:])
         return columns
@@ -477,22 +546,17 @@ class _HeadDivergence(torch.autograd.Function):
             )
         factor = _common_factor(grad_divergence, ctx.token_weights)
         gradients, ctx.gradients = ctx.gradients, None
-        return (*gradients.scaled(factor * ctx.largest), *(None,) * 4)
+        return (*gradients.scaled(factor * ctx.largest), *(None,) * 5)
 
 
-def _one_pass(
-    head: LinearLogits, target: _Target, chunk: _Chunk, weights: torch.Tensor, gradients: _HeadGradients
-) -> torch.Tensor:
-    """Results of a chunk's tokens; adds their gradients."""
+def _one_pass(head: LinearLogits, target: _Target, chunk: _Chunk, weights: torch.Tensor) -> torch.Tensor:
+    """Results of a chunk's tokens; writes their gradient to where the chunk's goes."""
     student = _student_logits(head, chunk)
     teacher, kls = target.compare(head, chunk, student)
-    # Over the logits, where the products with it are in the same dtype, or the cap's slope is still to come.
-    is_over = student.dtype == head.weight.dtype or chunk.before_cap is not None
-    gradient = student if is_over else torch.empty_like(student, dtype=head.weight.dtype)
+    # Over the logits, where the cap's slope is still to come: that takes all digits.
+    gradient = chunk.gradient if chunk.before_cap is None else student
     results = target.rows_(head, student, teacher, weights, gradient)
-    if chunk.before_cap is not None:
-        head.uncap_(gradient, chunk.before_cap)
-    gradients.add(chunk.tokens, gradient.to(head.weight.dtype))
+    _keep_gradient(head, chunk, gradient)
     return target.with_kls(chunk, results, kls)
 
 
@@ -525,6 +589,7 @@ def divergence_of_head(
     teacher: LogitSource,
     spec: DivergenceSpec,
     token_weights: torch.Tensor,
+    chunking: Optional[Chunking] = None,
 ) -> TokenDivergence:
     """Divergence and statistics of n tokens, for a loss whose weights of the tokens are known beforehand.
 
@@ -535,6 +600,8 @@ def divergence_of_head(
             the temperature of `spec`: divergence and statistics are then those between distributions over k + 1
             outcomes.
         token_weights: (n,), a promise: the loss is, up to a common factor, sum_i token_weights[i] * divergence[i].
+        chunking: how many tokens at a time; None: what `roofline.py` predicts to be the fastest on an accelerator, and
+            `CHUNK_ELEMENTS` on a processor.
 
     Returns:
         TokenDivergence, whose `divergence` is differentiable, once. Its backward raises RuntimeError if the loss does
@@ -543,7 +610,7 @@ def divergence_of_head(
     Raises:
         ValueError: an unknown divergence, or numbers of tokens that differ.
     """
-    return divergence_by_teacher(head, teacher, spec, token_weights)[0]
+    return divergence_by_teacher(head, teacher, spec, token_weights, chunking)[0]
 
 
 def divergence_by_teacher(
@@ -551,6 +618,7 @@ def divergence_by_teacher(
     teacher: LogitSource,
     spec: DivergenceSpec,
     token_weights: torch.Tensor,
+    chunking: Optional[Chunking] = None,
 ) -> tuple[TokenDivergence, torch.Tensor]:
     """`divergence_of_head`, and the rows of `extra_columns`, (rows, n): without gradient, and none for most teachers.
 
@@ -562,8 +630,9 @@ def divergence_by_teacher(
     head, target = sorting.head(head), sorting.target(target)
     needs_gradients = torch.is_grad_enabled()  # which a Function's forward cannot see
     with _exact(head):
+        token_weights = sorting.sort(token_weights)
         columns = _HeadDivergence.apply(
-            head.hidden, head.weight, head.bias, head, target, sorting.sort(token_weights), needs_gradients
+            head.hidden, head.weight, head.bias, head, target, token_weights, needs_gradients, chunking
         )
     return _tokens_and_teachers(sorting.restore(columns))
 
@@ -591,48 +660,21 @@ def _tokens_and_teachers(columns: list[torch.Tensor]) -> tuple[TokenDivergence, 
 # any loss
 
 
-class _Policy(NamedTuple):
-    """The student's tempered distribution over its whole vocabulary: log_p (rows, V), and what RL reads of it (rows,).
-
-    With p = softmax(z / tau), d log p_a / dz_v = (1[v = a] - p_v) / tau, and for the entropy H = -sum_v p_v log p_v
-    dH / dz_v = -p_v (log p_v + H) / tau.
-    """
-
-    log_p: torch.Tensor
-    log_prob: torch.Tensor
-    entropy: torch.Tensor
-
-    @classmethod
-    def of(cls, logits: torch.Tensor, labels: torch.Tensor, temperature: float, dtype: torch.dtype) -> "_Policy":
-        """`dtype`: of the weight. A model's own head rounds its logits to it, and old and reference log-probs come from
-
-        there: ratios would not be one at the first update if these logits kept the digits that a wide product has.
-        """
-        logits = logits.to(dtype).to(logits.dtype, copy=True)
-        log_p = log_zero_(torch.log_softmax(temper_(logits, temperature), dim=-1))
-        entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
-        return cls(log_p, log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropy)
-
-    def gradient(self, labels, temperature, grad_log_prob, grad_entropy) -> torch.Tensor:
-        """With respect to the logits, (rows, V)."""
-        p = self.log_p.exp()
-        slope = (self.log_p + self.entropy.unsqueeze(-1)).mul_(grad_entropy.unsqueeze(-1))
-        gradient = slope.add_(grad_log_prob.unsqueeze(-1)).mul_(p).neg_()
-        return gradient.scatter_add_(-1, labels.unsqueeze(-1), grad_log_prob.unsqueeze(-1)).div_(temperature)
-
-
 class _HeadTokens(torch.autograd.Function):
     """Per-token results; the backward projects again, see the module docstring."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, target, labels, log_prob_temperature):
+    def forward(ctx, hidden, weight, bias, head, target, labels, log_prob_temperature, chunking):
         results = hidden.new_empty((2 + target.fields + target.teachers, len(hidden)), dtype=head.dtype)
-        for chunk in _token_chunks(head, target, needs_gradients=False):
-            tokens = chunk.tokens
-            results[:, tokens] = _token_results(head, target, chunk, labels[tokens], log_prob_temperature)
+        # A model's own head rounds its logits to its weight's dtype, and old and reference log-probs come from there:
+        # ratios would not be one at the first update if these kept the digits that a wide product has.
+        policy = Policy(labels, log_prob_temperature / head.unit, head.weight.dtype)
+        for group in _token_groups(head, target, chunking, needs_gradients=False):
+            for chunk in group.chunks:
+                results[:, chunk.tokens] = _token_results(head, target, chunk, policy.rows(chunk.tokens))
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.scale, ctx.softcap = head.scale, head.softcap
-        ctx.target, ctx.log_prob_temperature = target, log_prob_temperature
+        ctx.target, ctx.temperature, ctx.chunking = target, policy.temperature, chunking
         ctx.mark_non_differentiable(*(columns := results.unbind())[3:])
         return columns
 
@@ -640,57 +682,73 @@ class _HeadTokens(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_log_prob, grad_entropy, grad_divergence, *_):
         *tensors, labels = ctx.saved_tensors
-        head, temperature = LinearLogits(*tensors, ctx.scale, ctx.softcap), ctx.log_prob_temperature
+        head = LinearLogits(*tensors, ctx.scale, ctx.softcap)
         gradients = _HeadGradients(head, ctx.needs_input_grad[:3])
+        policy = Policy(labels, ctx.temperature, head.weight.dtype)
         upstream = torch.stack((grad_log_prob, grad_entropy, grad_divergence))
         with _exact(head):
-            for chunk in _token_chunks(head, ctx.target, needs_gradients=True):
-                tokens = chunk.tokens
-                gradients.add(
-                    tokens, _token_gradient(head, ctx.target, chunk, labels[tokens], temperature, upstream[:, tokens])
-                )
-        return (*gradients.scaled(grad_log_prob.new_ones(())), *(None,) * 4)
+            for group in _token_groups(head, ctx.target, ctx.chunking, needs_gradients=True):
+                for chunk in group.chunks:
+                    _token_gradient(head, ctx.target, chunk, policy.rows(chunk.tokens), upstream[:, chunk.tokens])
+                gradients.add(group.tokens, group.gradient)
+        return (*gradients.scaled(grad_log_prob.new_ones(())), *(None,) * 5)
 
 
-def _token_results(
-    head: LinearLogits, target: _Target, chunk: _Chunk, labels: torch.Tensor, temperature: float
-) -> torch.Tensor:
+def _token_results(head: LinearLogits, target: _Target, chunk: _Chunk, policy: Policy) -> torch.Tensor:
     """log_prob, entropy, the target's fields and each teacher's KL, (2 + fields + K, chunk)."""
     student = _student_logits(head, chunk)
     teacher, kls = target.compare(head, chunk, student)
-    results = student.new_empty((2 + target.fields, len(student)))
-    for rows in cache_blocks(student):
-        policy = _Policy.of(student[rows], labels[rows], temperature / head.unit, head.weight.dtype)
-        results[:2, rows] = torch.stack((policy.log_prob, policy.entropy))
-        del policy
-        shared = student[rows, : target.vocab]
-        results[2:, rows] = target.rows_(head, shared, _rows_of(teacher, rows), shared.new_ones(len(shared)), shared)
+    if fused := target.fused(student):
+        results = fused.policy_rows_(student, teacher, target.spec, target.temperatures(head), policy)
+    else:
+        results = _policy_rows_(head, target, student, teacher, policy)
     return torch.cat((results[:2], target.with_kls(chunk, results[2:], kls)))
 
 
-def _token_gradient(
-    head: LinearLogits,
-    target: _Target,
-    chunk: _Chunk,
-    labels: torch.Tensor,
-    temperature: float,
-    upstream: torch.Tensor,
+def _policy_rows_(
+    head: LinearLogits, target: _Target, student: torch.Tensor, teacher: torch.Tensor | TopKTail, policy: Policy
 ) -> torch.Tensor:
-    """With respect to the product (chunk, V), in the weight's dtype; `upstream` (3, chunk) of log_prob, entropy, D."""
+    """Of a chunk's logits, which it overwrites: log_prob, entropy, and the target's fields, (2 + fields, chunk)."""
+    results = student.new_empty((2 + target.fields, len(student)))
+    for rows in cache_blocks(student):
+        policy_rows = PolicyRows.of(student[rows], policy.rows(rows))
+        results[:2, rows] = torch.stack((policy_rows.log_prob, policy_rows.entropy))
+        del policy_rows
+        shared = student[rows, : target.vocab]
+        results[2:, rows] = target.rows_(head, shared, _rows_of(teacher, rows), shared.new_ones(len(shared)), shared)
+    return results
+
+
+def _token_gradient(head: LinearLogits, target: _Target, chunk: _Chunk, policy: Policy, upstream: torch.Tensor) -> None:
+    """By the product (chunk, V), to where the chunk's gradient goes; `upstream` (3, chunk) of log_prob, entropy, D."""
     student = _student_logits(head, chunk)
     teacher = target.said(chunk, student.dtype)
+    gradient = student
+    if fused := target.fused(student):
+        gradient = chunk.gradient if chunk.before_cap is None else student
+        temperatures = target.temperatures(head)
+        fused.policy_gradient_(student, teacher, target.spec, temperatures, policy, upstream, gradient)
+    else:
+        _policy_gradient_(head, target, student, teacher, policy, upstream)
+    _keep_gradient(head, chunk, gradient)
+
+
+def _policy_gradient_(
+    head: LinearLogits,
+    target: _Target,
+    student: torch.Tensor,
+    teacher: torch.Tensor | TopKTail,
+    policy: Policy,
+    upstream: torch.Tensor,
+) -> None:
+    """Of a chunk's logits, over which it goes; `upstream` (3, chunk) of log_prob, entropy, D."""
     for rows in cache_blocks(student):
         grad_log_prob, grad_entropy, grad_divergence = upstream[:, rows]
-        policy = _Policy.of(student[rows], labels[rows], temperature / head.unit, head.weight.dtype)
-        gradient = policy.gradient(labels[rows], temperature / head.unit, grad_log_prob, grad_entropy)
-        del policy
+        gradient = PolicyRows.of(student[rows], policy.rows(rows)).gradient(grad_log_prob, grad_entropy)
         shared = student[rows, : target.vocab]
         target.rows_(head, shared, _rows_of(teacher, rows), grad_divergence, shared)
         gradient[:, : target.vocab] += shared
         student[rows] = gradient
-    if chunk.before_cap is not None:
-        head.uncap_(student, chunk.before_cap)
-    return student.to(head.weight.dtype)
 
 
 def tokens_of_head(
@@ -699,6 +757,7 @@ def tokens_of_head(
     spec: DivergenceSpec,
     labels: torch.Tensor,
     log_prob_temperature: float = 1.0,
+    chunking: Optional[Chunking] = None,
 ) -> PolicyTokens:
     """Per token: the student's log-probability of a label, its entropy, and the divergence; all differentiable.
 
@@ -707,11 +766,12 @@ def tokens_of_head(
         labels: (n,) int64, below V_s.
         log_prob_temperature: divides the student's logits for `log_prob` and `entropy`, which are taken over its
             whole vocabulary; the temperature in `spec` is that of the divergence.
+        chunking: as in `divergence_of_head`.
 
     Raises:
         ValueError: an unknown divergence, numbers of tokens that differ, or labels that are not int64.
     """
-    return tokens_by_teacher(head, teacher, spec, labels, log_prob_temperature)[0]
+    return tokens_by_teacher(head, teacher, spec, labels, log_prob_temperature, chunking)[0]
 
 
 def tokens_by_teacher(
@@ -720,6 +780,7 @@ def tokens_by_teacher(
     spec: DivergenceSpec,
     labels: torch.Tensor,
     log_prob_temperature: float = 1.0,
+    chunking: Optional[Chunking] = None,
 ) -> tuple[PolicyTokens, torch.Tensor]:
     """`tokens_of_head`, and more of each token as in `divergence_by_teacher`."""
     target = _Target.of(head, teacher, spec)
@@ -729,8 +790,9 @@ def tokens_by_teacher(
     sorting = _Sorting.of(target)
     head, target = sorting.head(head), sorting.target(target)
     with _exact(head):
+        labels = sorting.sort(labels)
         columns = _HeadTokens.apply(
-            head.hidden, head.weight, head.bias, head, target, sorting.sort(labels), log_prob_temperature
+            head.hidden, head.weight, head.bias, head, target, labels, log_prob_temperature, chunking
         )
     log_prob, entropy, *columns = sorting.restore(columns)
     tokens, by_teacher = _tokens_and_teachers(columns)
@@ -758,6 +820,7 @@ def linear_divergence(
     teacher_scale: float | Sequence[float] = 1.0,
     teacher_softcap: Optional[float] | Sequence[Optional[float]] = None,
     teacher_weights: Optional[Sequence[float]] = None,
+    chunking: Optional[Chunking] = None,
 ) -> LinearDivergence:
     """sum_i token_weights[i] * D_i of two linear heads, with its gradient, in one pass and without their logits.
 
@@ -772,6 +835,7 @@ def linear_divergence(
         teacher_weights: of several teachers, whose exact mixture is the target (`mixture.py`): `teacher_hidden` and
             `teacher_weight` are then lists with one tensor for each, and so may be the teacher's other arguments.
             Normalised here; None weighs all teachers alike.
+        chunking: as in `divergence_of_head`.
 
     Returns:
         LinearDivergence: `loss` (scalar, nats; 0 for n = 0), per-token `divergence`, and its statistics as `metrics`.
@@ -788,7 +852,7 @@ def linear_divergence(
     num_tokens = len(student_hidden)
     if token_weights is None:
         token_weights = student_hidden.new_full((num_tokens,), 1.0 / max(num_tokens, 1), dtype=head.dtype)
-    tokens = divergence_of_head(head, teacher, spec, token_weights)
+    tokens = divergence_of_head(head, teacher, spec, token_weights, chunking)
     with _exact(head):
         loss = torch.dot(token_weights.detach().to(head.dtype), tokens.divergence)
     tokens = tokens._replace(divergence=tokens.divergence.detach())
@@ -813,6 +877,7 @@ def linear_token_divergence(
     teacher_scale: float | Sequence[float] = 1.0,
     teacher_softcap: Optional[float] | Sequence[Optional[float]] = None,
     teacher_weights: Optional[Sequence[float]] = None,
+    chunking: Optional[Chunking] = None,
 ) -> PolicyTokens:
     """Per token: the student's log-probability of a label, its entropy, and the divergence; all differentiable.
 
@@ -833,7 +898,7 @@ def linear_token_divergence(
     head = _head("student", student_hidden, student_weight, student_bias, student_scale, student_softcap, spec)
     settings = teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap
     teacher = _teacher(head, settings, teacher_weights, spec)
-    return tokens_of_head(head, teacher, spec, labels, log_prob_temperature)
+    return tokens_of_head(head, teacher, spec, labels, log_prob_temperature, chunking)
 
 
 def _teacher(student: LinearLogits, settings: tuple, weights: Optional[Sequence[float]], spec) -> LogitSource:
