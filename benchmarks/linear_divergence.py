@@ -127,27 +127,34 @@ class Inputs:
 Call = Callable[[str], torch.Tensor | None]
 
 
-def ours(x: Inputs) -> Call:
+def ours(x: Inputs, chunking: tuple[int, int] | None = None) -> Call:
+    """`chunking`: (rows, group) in place of what the head chooses."""
     from verl.on_policy_distillation.head import linear_divergence
+    from verl.on_policy_distillation.roofline import Chunking
+
+    heads = x.student_hidden, x.student_weight, x.teacher_hidden, x.teacher_weight
+    chosen = Chunking(*chunking) if chunking else None
 
     def call(kind):
-        heads = x.student_hidden, x.student_weight, x.teacher_hidden, x.teacher_weight
-        loss = linear_divergence(*heads, distillation_type=kind, beta=TYPES[kind]).loss
+        loss = linear_divergence(*heads, distillation_type=kind, beta=TYPES[kind], chunking=chosen).loss
         loss.backward()
         return loss
 
     return call
 
 
-def hybrid(x: Inputs) -> Call:
+def hybrid(x: Inputs, chunking: tuple[int, int] | None = None) -> Call:
     """Ours for losses that are not known before the forward: log-prob, entropy and divergence, and their backward."""
     from verl.on_policy_distillation.head import linear_token_divergence
+    from verl.on_policy_distillation.roofline import Chunking
 
     heads = x.student_hidden, x.student_weight, x.teacher_hidden, x.teacher_weight
     labels = torch.arange(len(x.student_hidden), device=x.student_hidden.device) % len(x.student_weight)
 
     def call(kind):
-        found = linear_token_divergence(*heads, labels, distillation_type=kind, beta=TYPES[kind])
+        found = linear_token_divergence(
+            *heads, labels, distillation_type=kind, beta=TYPES[kind], chunking=Chunking(*chunking) if chunking else None
+        )
         loss = (found.tokens.divergence - found.log_prob).mean()
         loss.backward()
         return loss
@@ -230,13 +237,15 @@ def verl_topk(x: Inputs) -> Call:
     from verl.trainer.distillation.fsdp.losses import compute_forward_kl_topk
     from verl.workers.config import DistillationLossConfig
 
-    loss_config = DistillationLossConfig(loss_mode="forward_kl_topk", topk=TOP_K, use_policy_gradient=False)
+    # As VERL's YAML has it: no clamps.
+    settings = {"loss_mode": "forward_kl_topk", "topk": TOP_K, "use_policy_gradient": False}
+    loss_config = DistillationLossConfig(**settings, log_prob_min_clamp=None, loss_max_clamp=None)
     config = SimpleNamespace(distillation_loss=loss_config)  # all that it reads of a DistillationConfig
-    found = [
-        torch.log_softmax((hidden @ x.teacher_weight.T).float(), -1).topk(TOP_K)
-        for hidden in x.teacher_hidden.split(64)
-    ]
-    log_probs, ids = (torch.cat([side[index] for side in found]) for index in (0, 1))
+
+    def top_of(hidden):
+        return torch.log_softmax((hidden @ x.teacher_weight.T).float(), -1).topk(TOP_K)
+
+    log_probs, ids = (torch.cat(parts) for parts in zip(*map(top_of, x.teacher_hidden.split(64)), strict=True))
     teacher_log_probs, teacher_ids = (torch.nested.as_nested_tensor([t], layout=torch.jagged) for t in (log_probs, ids))
     device, dtype = x.student_hidden.device.type, x.student_weight.dtype
 
@@ -246,8 +255,9 @@ def verl_topk(x: Inputs) -> Call:
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             logits = (x.student_hidden @ x.student_weight.T).unsqueeze(0)
             columns = compute_forward_kl_topk(logits, teacher_log_probs, teacher_ids, config, "thd")
-            # What its `distillation_loss` does with the column: (1, n), of one sequence.
-            loss = columns["distillation_losses"].clamp(0.0, loss_config.loss_max_clamp).mean()
+            loss = (
+                columns["distillation_losses"].clamp_min(0.0).mean()
+            )  # (1, n); VERL's clamp, and its mean over tokens
         loss.backward()
         return loss
 
@@ -574,9 +584,7 @@ def run(options: argparse.Namespace) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--device", default="cpu", choices=["cpu", "cuda"], help="cuda: what benchmarks/gpu/run.sh asks"
-    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: benchmarks/gpu/run.sh")
     parser.add_argument("--tokens", type=int, nargs="+", help="default: 512 2048; on CUDA 8192")
     parser.add_argument("--repeats", type=int, nargs="+", help="timed calls, one number or one per --tokens; default 5")
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))

@@ -125,9 +125,9 @@ class Results:
             return None
         gaps = ", ".join(f"{row['loss'] / row['exact'] - 1:+.1%} at n = {row['n']:,}" for row in rows)
         return (
-            f"VERL's `forward_kl_topk` is not the forward KL but its sum over the teacher's 64 largest entries: {gaps}. "
-            "These heads' distributions are nearly flat, a language model's are not. Its teacher scores in a vLLM of its "
-            "own on other GPUs, so that neither the time of a product with the teacher's weight is in it nor its memory."
+            f"VERL's `forward_kl_topk` is not the forward KL but its part on the teacher's 64 largest entries: {gaps}. "
+            "These heads' distributions are nearly flat; a language model's are not. VERL's teacher scores in a vLLM of "
+            "its own, on other GPUs: no product with the teacher's weight is in its time, nor in its memory."
         )
 
     def notes(self) -> str:
