@@ -126,8 +126,8 @@ class Results:
         gaps = ", ".join(f"{row['loss'] / row['exact'] - 1:+.1%} at n = {row['n']:,}" for row in rows)
         return (
             f"VERL's `forward_kl_topk` is not the forward KL but its part on the teacher's 64 largest entries: {gaps}. "
-            "These heads' distributions are nearly flat; a language model's are not. VERL's teacher scores in a vLLM of "
-            "its own, on other GPUs: no product with the teacher's weight is in its time, nor in its memory."
+            "These heads' distributions are nearly flat; a language model's are not. VERL's teacher scores in a vLLM "
+            "of its own, on other GPUs: no product with the teacher's weight is in its time, nor in its memory."
         )
 
     def notes(self) -> str:
