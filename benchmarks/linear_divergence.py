@@ -329,19 +329,19 @@ def limit_memory() -> None:
 
 
 class ProcessMeter:
-    """Seconds and peak memory of a call on a processor."""
+    """Seconds and peak memory of a call on a processor; `before` it, the bytes that are resident."""
 
     def __enter__(self):
         limit_memory()
         # What the heap keeps for later would else be memory that a call uses and that does not count.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
-        self._before, self._start = resident("VmRSS"), time.perf_counter()
+        self.before, self._start = resident("VmRSS"), time.perf_counter()
         return self
 
     def __exit__(self, *_):
         self.seconds = time.perf_counter() - self._start
-        self.peak = resident("VmHWM") - self._before
+        self.peak = resident("VmHWM") - self.before
 
 
 class CudaMeter:
@@ -351,7 +351,7 @@ class CudaMeter:
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        self._before = torch.cuda.memory_allocated()
+        self.before = torch.cuda.memory_allocated()
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._events[0].record()
         return self
@@ -360,7 +360,7 @@ class CudaMeter:
         self._events[1].record()
         torch.cuda.synchronize()
         self.seconds = self._events[0].elapsed_time(self._events[1]) / 1e3
-        self.peak = torch.cuda.max_memory_allocated() - self._before
+        self.peak = torch.cuda.max_memory_allocated() - self.before
 
 
 def measure(call: Call, x: Inputs, kind: str) -> dict:

@@ -18,6 +18,7 @@
 The truth is the one of tests/test_divergence_triton.py: the formulas in float64.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -57,7 +58,8 @@ def compare(step: record.Record, vocab: int, rows: int) -> None:
     for kind, case in cases(vocab, rows):
         found = tests.call(case, tests.Layout(torch.bfloat16), step.device)
         truth = tests.truth(case.student, case.teacher, case.spec, case.temperatures.student, case.weights)
-        error = [((a.double() - b).abs() / b.abs().amax(-1, keepdim=True)).max().item() for a, b in zip(found, truth)]
+        pairs = zip(found, truth, strict=True)
+        error = [((a.double() - b).abs() / b.abs().amax(-1, keepdim=True)).max().item() for a, b in pairs]
         factors = case.weights / case.temperatures.student
         row = {"vocab": vocab, "kind": kind, "value_error": error[0], "gradient_error": error[1]}
         try:
@@ -68,14 +70,19 @@ def compare(step: record.Record, vocab: int, rows: int) -> None:
 
 
 def run(step: record.Record, name: str, command: list[str], seconds: float, **variables: str) -> None:
-    done = subprocess.run(
-        command,
-        env=os.environ | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=seconds,
-    )
+    """A row for a command, right if it ends well and in time."""
+    try:
+        done = subprocess.run(
+            command,
+            env=os.environ | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        step.add(check=name, is_right=False, last_lines=[f"ran past {seconds} s"])
+        return
     step.add(check=name, is_right=done.returncode == 0, last_lines=done.stdout.splitlines()[-LAST_LINES:])
 
 
@@ -85,22 +92,15 @@ def main() -> None:
     for vocab in step.choose((151936, 262144, 50257), (1025,)):
         compare(step, vocab, rows)
     chosen = step.choose("not interpreter", "vanishes and interpreter")
-    pytest = [
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        chosen,
-        str(TESTS / "test_divergence_triton.py"),
-    ]
-    # Of the tests' own process: they choose the interpreter where they want it.
-    run(step, "tests/test_divergence_triton.py", [sys.executable, *pytest], seconds=90, TRITON_INTERPRET="0")
+    pytest = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / "test_divergence_triton.py")]
+    pytest += ["-k", chosen]
+    if not step.is_dry_run and importlib.util.find_spec("xdist"):
+        pytest += ["-n", "8"]  # they compile for most of their time
+    # The tests choose the interpreter where they want it.
+    run(step, "tests/test_divergence_triton.py", [sys.executable, *pytest], seconds=100, TRITON_INTERPRET="0")
     if SANITIZER and not step.is_dry_run:
         launch = [sys.executable, str(Path(__file__)), "--three-rows", step.device]
-        run(step, "compute-sanitizer, three rows", [SANITIZER, "--error-exitcode", "9", *launch], seconds=60)
+        run(step, "compute-sanitizer, three rows", [SANITIZER, "--error-exitcode", "9", *launch], seconds=50)
     step.require_all("is_right")
 
 
