@@ -20,6 +20,7 @@ again, so that more than the memory's bandwidth can be read off here.
 Those in use come first, then the others, so that a sweep that is cut short has said the most important.
 """
 
+from typing import Any
 from unittest import mock
 
 import linear_divergence
@@ -66,7 +67,7 @@ def main() -> None:
     gradient = torch.empty_like(sides[0], dtype=torch.bfloat16)
     step.note(vocab=vocab)
     for kind, block, warps, stages in launches(step):
-        patches = {"BLOCK": block, "ENTRIES_PER_THREAD": block // (32 * warps), "NUM_STAGES": stages}
+        patches: dict[str, Any] = {"BLOCK": block, "ENTRIES_PER_THREAD": block // (32 * warps), "NUM_STAGES": stages}
         for rows in sizes:
             row = {"kind": kind, "rows": rows, "block": block, "warps": warps, "stages": stages}
             try:

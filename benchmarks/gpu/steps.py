@@ -17,7 +17,7 @@
 
 Each step leaves OUT/NAME.json: the machine, "status" (ok, failed, timeout, skipped), "seconds", "rows" as far as it
 came, and of a failure the last lines of what it printed. The next step goes on whatever happened. The first four need
-torch and Triton alone, the others VERL. `--dry-run` runs everything at small sizes on a processor: it shows that a step
+torch and Triton alone, the last VERL. `--dry-run` runs everything at small sizes on a processor: it shows that a step
 works, and its numbers mean nothing.
 """
 
@@ -54,9 +54,7 @@ STEPS = [
         "kernel": 170,
         "bandwidth": 150,
         "head": 230,
-        "engine": 240,
         "update": 420,
-        "trainer": 420,
     }.items()
 ]
 
