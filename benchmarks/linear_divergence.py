@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Time and memory of full-vocabulary divergences of two linear heads: ours, dense torch, TRL, Liger, and the floor.
+"""Time and memory of divergences of two linear heads: ours, dense torch, TRL, Liger, VERL's top-k, and the floor.
 
     benchmarks/run.sh            all of it; see benchmarks/README.md
 
@@ -22,6 +22,9 @@ the student's hidden states and weight, of the mean over tokens.
 Peak extra memory, on a processor, is the process's peak resident memory during a call (VmHWM, which is reset before
 the call) less its resident memory before the call less the bytes of the gradients. Inputs are resident before. On CUDA
 it is the same difference of what torch's allocator has handed out.
+
+`verl_topk` is the loss that VERL itself distils with. It gets its teacher's top 64 ready-made, so that its time has no
+product with the teacher's weight in it, and its value is not the exact one: the results give the gap.
 """
 
 import argparse
@@ -51,6 +54,9 @@ PEERS = ROOT / ".benchmarks" / "peers"
 # (type, beta) as `linear_divergence` calls them. Peers name all three by one number, with the mixture
 # beta T + (1 - beta) S as here: 0 is KL(T||S), 1 is KL(S||T).
 TYPES = {"reverse_kl": 1.0, "forward_kl": 0.0, "gkd": 0.5}
+TOP_K = 64  # of VERL's own loss
+# Losses that are other numbers than ours on purpose.
+NOT_OURS = ("verl_topk", "hybrid")
 # Of the logits' standard deviation. Divergences of a few nats; no time below depends on it.
 LOGIT_SCALE = 2.0
 AGREEMENT = 1e-3  # relative; of the losses, and of the gradients' norms
@@ -121,12 +127,35 @@ class Inputs:
 Call = Callable[[str], torch.Tensor | None]
 
 
-def ours(x: Inputs) -> Call:
+def ours(x: Inputs, chunking: tuple[int, int] | None = None) -> Call:
+    """`chunking`: (rows, group) in place of what the head chooses."""
     from verl.on_policy_distillation.head import linear_divergence
+    from verl.on_policy_distillation.roofline import Chunking
+
+    heads = x.student_hidden, x.student_weight, x.teacher_hidden, x.teacher_weight
+    chosen = Chunking(*chunking) if chunking else None
 
     def call(kind):
-        heads = x.student_hidden, x.student_weight, x.teacher_hidden, x.teacher_weight
-        loss = linear_divergence(*heads, distillation_type=kind, beta=TYPES[kind]).loss
+        loss = linear_divergence(*heads, distillation_type=kind, beta=TYPES[kind], chunking=chosen).loss
+        loss.backward()
+        return loss
+
+    return call
+
+
+def hybrid(x: Inputs, chunking: tuple[int, int] | None = None) -> Call:
+    """Ours for losses that are not known before the forward: log-prob, entropy and divergence, and their backward."""
+    from verl.on_policy_distillation.head import linear_token_divergence
+    from verl.on_policy_distillation.roofline import Chunking
+
+    heads = x.student_hidden, x.student_weight, x.teacher_hidden, x.teacher_weight
+    labels = torch.arange(len(x.student_hidden), device=x.student_hidden.device) % len(x.student_weight)
+
+    def call(kind):
+        found = linear_token_divergence(
+            *heads, labels, distillation_type=kind, beta=TYPES[kind], chunking=Chunking(*chunking) if chunking else None
+        )
+        loss = (found.tokens.divergence - found.log_prob).mean()
         loss.backward()
         return loss
 
@@ -197,14 +226,56 @@ def liger_eager(x: Inputs) -> Call:
     return liger(x, compiled=False)
 
 
+def verl_topk(x: Inputs) -> Call:
+    """VERL's `forward_kl_topk`, as its FSDP engine calls it: on the logits of the whole micro-batch.
+
+    The teacher's entries are there beforehand: VERL's teacher scores in a vLLM of its own, on other GPUs. So neither
+    its time nor its product is measured.
+    """
+    from types import SimpleNamespace
+
+    from verl.trainer.distillation.fsdp.losses import compute_forward_kl_topk
+    from verl.workers.config import DistillationLossConfig
+
+    # As VERL's YAML has it: no clamps.
+    settings = {"loss_mode": "forward_kl_topk", "topk": TOP_K, "use_policy_gradient": False}
+    loss_config = DistillationLossConfig(**settings, log_prob_min_clamp=None, loss_max_clamp=None)
+    config = SimpleNamespace(distillation_loss=loss_config)  # all that it reads of a DistillationConfig
+
+    def top_of(hidden):
+        return torch.log_softmax((hidden @ x.teacher_weight.T).float(), -1).topk(TOP_K)
+
+    log_probs, ids = (torch.cat(parts) for parts in zip(*map(top_of, x.teacher_hidden.split(64)), strict=True))
+    teacher_log_probs, teacher_ids = (torch.nested.as_nested_tensor([t], layout=torch.jagged) for t in (log_probs, ids))
+    device, dtype = x.student_hidden.device.type, x.student_weight.dtype
+
+    def call(kind):
+        assert kind == "forward_kl"
+        # VERL's engine calls the loss under autocast for 16-bit parameters, and without for float32.
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            logits = (x.student_hidden @ x.student_weight.T).unsqueeze(0)
+            columns = compute_forward_kl_topk(logits, teacher_log_probs, teacher_ids, config, "thd")
+            loss = (
+                columns["distillation_losses"].clamp_min(0.0).mean()
+            )  # (1, n); VERL's clamp, and its mean over tokens
+        loss.backward()
+        return loss
+
+    return call
+
+
 def floor(x: Inputs) -> Call:
-    """The bare products, three of the student's and one of the teacher's, into memory that is made before."""
+    """The bare products, three of the student's and one of the teacher's, into memory that is made before.
+
+    On a processor in the chunks that ours takes. On CUDA all tokens at once, where the size of a chunk decides whether
+    a product waits for memory, and is a part of what is measured.
+    """
     from verl.on_policy_distillation import divergence
     from verl.on_policy_distillation.divergence import chunks
 
     hidden, weight = x.student_hidden.detach(), x.student_weight.detach()
     n, vocab = len(hidden), len(weight)
-    rows = list(chunks(n, vocab, divergence.CHUNK_ELEMENTS))
+    rows = [slice(0, n)] if hidden.is_cuda else list(chunks(n, vocab, divergence.CHUNK_ELEMENTS))
     # Of 16-bit factors, ours takes the sums in float32 where the device hands them out.
     wide = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype != torch.float32 else {}
     logits = hidden.new_empty((rows[0].stop, vocab), dtype=torch.float32 if wide else hidden.dtype)
@@ -226,13 +297,15 @@ def floor(x: Inputs) -> Call:
 IMPLEMENTATIONS = {
     "floor": floor,
     "ours": ours,
+    "hybrid": hybrid,
     "dense": dense,
     "trl": trl,
     "liger": liger,
     "liger_eager": liger_eager,
+    "verl_topk": verl_topk,
 }
 # `liger` is with its defaults, compiled. Without compilation it takes several times the memory.
-DEFAULTS = [name for name in IMPLEMENTATIONS if name != "liger_eager"]
+DEFAULTS = [name for name in IMPLEMENTATIONS if name not in ("liger_eager", "hybrid")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,19 +329,19 @@ def limit_memory() -> None:
 
 
 class ProcessMeter:
-    """Seconds and peak memory of a call on a processor."""
+    """Seconds and peak memory of a call on a processor; `before` it, the bytes that are resident."""
 
     def __enter__(self):
         limit_memory()
         # What the heap keeps for later would else be memory that a call uses and that does not count.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
-        self._before, self._start = resident("VmRSS"), time.perf_counter()
+        self.before, self._start = resident("VmRSS"), time.perf_counter()
         return self
 
     def __exit__(self, *_):
         self.seconds = time.perf_counter() - self._start
-        self.peak = resident("VmHWM") - self._before
+        self.peak = resident("VmHWM") - self.before
 
 
 class CudaMeter:
@@ -278,7 +351,7 @@ class CudaMeter:
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        self._before = torch.cuda.memory_allocated()
+        self.before = torch.cuda.memory_allocated()
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._events[0].record()
         return self
@@ -287,7 +360,7 @@ class CudaMeter:
         self._events[1].record()
         torch.cuda.synchronize()
         self.seconds = self._events[0].elapsed_time(self._events[1]) / 1e3
-        self.peak = torch.cuda.max_memory_allocated() - self._before
+        self.peak = torch.cuda.max_memory_allocated() - self.before
 
 
 def measure(call: Call, x: Inputs, kind: str) -> dict:
@@ -362,7 +435,10 @@ class Worker(LineProcess):
     def __init__(self, name: str, threads: int, memory: list[int]):
         # VERL looks for an accelerator when it is imported; the torch code measured here is the same on any platform.
         environment = {"VERL_PLATFORM": "cpu"} | os.environ
-        environment["PYTHONPATH"] = str(PEERS) if name.startswith(("trl", "liger")) else ""
+        # This tree's files, also where neither they nor VERL are installed; the peers for themselves alone.
+        peers = [str(PEERS)] if name.startswith(("trl", "liger")) else []
+        inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+        environment["PYTHONPATH"] = os.pathsep.join([*peers, str(ROOT), *inherited])
         command = [sys.executable, __file__, "--worker", name, "--threads", str(threads)]
         super().__init__(command, environment, pass_fds=memory)
 
@@ -404,6 +480,13 @@ def disagreement(reply: dict, reference: dict) -> str | None:
     return "; ".join(wrong) or None
 
 
+def kinds_of(name: str, kinds: list[str]) -> list[str]:
+    """What is asked of an implementation: of the floor, which does not depend on the type, one call for all."""
+    if name == "floor":
+        return ["all"]
+    return [kind for kind in kinds if name != "verl_topk" or kind == "forward_kl"]
+
+
 class Table:
     """What has been measured at one number of tokens: rows by (implementation, type)."""
 
@@ -416,19 +499,21 @@ class Table:
         references: dict[str, dict] = {}
         for name, worker in self._workers.items():
             reply = worker.ask(inputs=[self.n, sizes, memory])
-            for kind in kinds if name != "floor" else ["all"]:
+            for kind in kinds_of(name, kinds):
                 result = reply if "error" in reply else worker.ask(kind=kind)
                 row = {"implementation": name, "kind": kind, "n": self.n, "seconds": [], "extra_bytes": []}
                 row |= {key: result[key] for key in ("error", "loss", "gradient_norms") if key in result}
                 if name == "ours" and "error" not in result:
                     references[kind] = result
-                elif "loss" in result and kind in references:
+                elif name == "verl_topk" and "loss" in result and kind in references:
+                    row |= {"exact": references[kind]["loss"]}
+                elif name not in NOT_OURS and "loss" in result and kind in references:
                     row |= {"disagreement": disagreement(result, references[kind])}
                 self.rows[name, kind] = row
                 say(f"n={self.n} {name} {kind} warm-up: {describe(result)} {row.get('disagreement') or ''}")
 
     def round(self) -> None:
-        """One call each of those that work; one of the floor, which does not depend on the type."""
+        """One call each of those that work."""
         for (name, kind), row in self.rows.items():
             if "error" in row:
                 continue
@@ -474,7 +559,7 @@ def run(options: argparse.Namespace) -> None:
     this_run = {"command": command_line("benchmarks/run.sh"), "machine": machine(options.device, options.threads)}
     heads = Sizes(options.vocab, options.student_width, options.teacher_width, options.dtype, options.device)
     memory, sizes = heads.share_weights(), asdict(heads)
-    path = options.output or RESULTS / f"linear_divergence_{options.device}.json"
+    path = options.output
     # A size that is not measured now stays as it was measured, if that was with the same inputs.
     before: dict = json.loads(path.read_text()) if path.exists() else {"sizes": sizes, "runs": {}, "rows": []}
     kept = [row for row in before["rows"] if before["sizes"] == sizes and row["n"] not in options.tokens]
@@ -497,10 +582,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    has_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--device", default="cuda" if has_cuda else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: benchmarks/gpu/run.sh")
     parser.add_argument("--tokens", type=int, nargs="+", help="default: 512 2048; on CUDA 8192")
     parser.add_argument("--repeats", type=int, nargs="+", help="timed calls, one number or one per --tokens; default 5")
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))
@@ -510,7 +594,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--teacher-width", type=int, help="H_t; default 1024, on CUDA 5120")
     parser.add_argument("--dtype", help="default float32, on CUDA bfloat16")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/linear_divergence_DEVICE.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "linear_divergence_cpu.json")
     options = parser.parse_args()
     is_cuda = options.device == "cuda"
     options.tokens = options.tokens or ([8192] if is_cuda else [512, 2048])

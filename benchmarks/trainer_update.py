@@ -18,6 +18,8 @@ take turns, and writes the medians. Kinds:
 
 - ``pure``: pure distillation;
 - ``grpo``: what GRPO does with the same batch, without a reference policy: old log-probs, then the update;
+- ``verl_topk``: VERL's own ``forward_kl_topk``, k = 64, whose teacher scores elsewhere: its entries are made up here,
+  and its time is in no number;
 - ``routed_2``, ``routed_4``: pure distillation from so many teachers of the same size, each sample from one of them;
 - ``mixed_2``, ``mixed_4``: ... from their mixture;
 - ``topk``: pure, with the teacher's 64 largest probabilities and the rest;
@@ -27,7 +29,8 @@ take turns, and writes the medians. Kinds:
 A step here is what a trainer does after the rollout and before the next: the teacher's pass (or the old log-probs), and
 the update. Generation is left out: it is the same for all. Extra memory is the peak resident memory of the update less
 what is resident before it. It includes the gradients, which every step allocates anew and which are the same in all
-kinds; the optimizer's state is there since the first step.
+kinds; the optimizer's state is there since the first step. With ``--device cuda`` memory is what torch has allocated
+there, and the models are those of bfloat16 training; ``--models qwen3`` gives them the sizes of Qwen3 0.6B and 4B.
 """
 
 import argparse
@@ -35,29 +38,74 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from linear_divergence import LineProcess, machine, resident
+from linear_divergence import TOP_K, CudaMeter, LineProcess, ProcessMeter, machine, resident
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("pure", "grpo")
 TEACHERS = ("pure", "routed_2", "routed_4", "mixed_2", "mixed_4", "topk", "self", "self_lora")
 SIZES = ("tokens", "sequences", "micro_batch", "teacher_micro_batch", "vocab", "hidden", "layers")
+PASSED_ON = (*SIZES, "device", "models")
+# Of Qwen3-0.6B and Qwen3-4B (their config.json); both have tied embeddings.
+QWEN3 = {
+    "student": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "teacher": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+}
 POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 PROMPT_TOKENS = 16
+# In place of what tests/engine_process.py sets for a processor: VERL's defaults.
+ON_CUDA = [
+    "trainer.device=cuda",
+    "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16",
+    "teacher.fsdp_config.model_dtype=bf16",
+    "teacher.payload_dtype=bfloat16",
+]
+# VERL's own distillation without rewards, from one teacher on one GPU of its own.
+VERL_TOPK = [
+    "distillation.enabled=True",
+    "distillation.n_gpus_per_node=1",
+    "distillation.nnodes=1",
+    "distillation.teacher_models.teacher_model.model_path=elsewhere",
+    "distillation.teacher_models.teacher_model.inference.name=vllm",
+    "distillation.teacher_models.teacher_model.inference.tensor_model_parallel_size=1",
+    "distillation.distillation_loss.loss_mode=forward_kl_topk",
+    f"distillation.distillation_loss.topk={TOP_K}",
+    "distillation.distillation_loss.use_task_rewards=False",
+    "distillation.distillation_loss.use_policy_gradient=False",
+]
 
 
 def make_models(folder: Path, args: argparse.Namespace) -> dict[str, str]:
+    """Paths by name; made by whoever comes first."""
     from arithmetic import tiny_model
 
+    if args.models == "qwen3":
+        return {name: qwen3(folder / name, size, args) for name, size in QWEN3.items()}
     size = {"hidden": args.hidden, "layers": args.layers, "vocab_size": args.vocab}
     names = ("student", "teacher", "teacher_1", "teacher_2", "teacher_3")
     return {name: tiny_model(folder / name, **size, seed=seed) for seed, name in enumerate(names)}
+
+
+def qwen3(path: Path, size: dict[str, int], args: argparse.Namespace) -> str:
+    """A random checkpoint, in bfloat16; made on the device, where billions of random numbers take no time."""
+    from arithmetic import tiny_model
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    if not path.exists():
+        tiny_model(path)  # the tokenizer
+        config = Qwen3Config(
+            vocab_size=args.vocab, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, **size
+        )
+        torch.manual_seed(len(path.name))
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device(args.device):
+            Qwen3ForCausalLM(config).save_pretrained(path)
+        torch.set_default_dtype(torch.float32)
+    return str(path)
 
 
 def teacher_overrides(kind: str, models: dict[str, str]) -> list[str]:
@@ -83,8 +131,12 @@ def overrides(kind: str, models: dict[str, str], args: argparse.Namespace) -> li
         "actor_rollout_ref.model.enable_gradient_checkpointing=True",
         "actor_rollout_ref.model.use_remove_padding=True",
     ]
+    if args.device == "cuda":
+        common += ON_CUDA
     if kind == "grpo":
         return [*common, f"{POLICY_LOSS}.loss_mode=vanilla"]
+    if kind == "verl_topk":
+        return [*common, f"{POLICY_LOSS}.loss_mode=vanilla", *VERL_TOPK]
     loss = [f"{POLICY_LOSS}.loss_mode=on_policy_distillation"]
     batches = f"teacher.micro_batch_size_per_gpu={args.teacher_micro_batch}"
     return [*common, *loss, batches, *teacher_overrides(kind, models)]
@@ -110,6 +162,35 @@ def make_rows(kind: str, args: argparse.Namespace) -> list[dict]:
     ]
 
 
+VERL_TOPK_FLAGS = {"distillation_use_topk": True, "distillation_only": True}  # its trainer's
+
+
+def verl_topk_actor(config):
+    """VERL's actor with its own distillation."""
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    actor = ActorRolloutRefWorker(
+        config=config.actor_rollout_ref, role="actor", distillation_config=config.distillation
+    )
+    actor.init_model()
+    return actor
+
+
+def top_of_a_teacher(input_ids: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """The fields that VERL's teacher would have sent: of each token, TOP_K entries and their log-probs."""
+    lengths = input_ids.offsets().diff().tolist()
+    generator = torch.Generator().manual_seed(0)
+    log_probs = [torch.randn(n, TOP_K, generator=generator).log_softmax(-1) - 0.05 for n in lengths]
+    ids = [(torch.randint(args.vocab, (n, 1), generator=generator) + torch.arange(TOP_K)) % args.vocab for n in lengths]
+    fields = {"teacher_logprobs": log_probs, "teacher_ids": ids}
+    return {name: torch.nested.as_nested_tensor(rows, layout=torch.jagged) for name, rows in fields.items()}
+
+
+def resident_bytes(device: str) -> int:
+    """Of this process; on CUDA what it keeps from others there, used or not."""
+    return torch.cuda.memory_reserved() if device == "cuda" else resident("VmRSS")
+
+
 class Step:
     """VERL's workers in this process, and one step of a kind on one fixed batch."""
 
@@ -117,8 +198,15 @@ class Step:
         from engine_process import compose_config, local_batch, make_actor
 
         config = compose_config(overrides(kind, make_models(Path(args.folder), args), args))
-        self._actor, _, self._update_flags = make_actor(config, is_dense=False)
         self._batch, self._sequences = local_batch(make_rows(kind, args), 0, 1), args.sequences
+        if kind == "verl_topk":
+            self._actor, self._update_flags = verl_topk_actor(config), VERL_TOPK_FLAGS
+            self._batch.update(top_of_a_teacher(self._batch["input_ids"], args))
+        else:
+            self._actor, _, self._update_flags = make_actor(config, is_dense=False)
+        self._scores_first = kind != "verl_topk"
+        self._device = args.device
+        self.after_start = resident_bytes(self._device)
 
     def _flags(self, **flags):
         from verl.utils import tensordict_utils as tu
@@ -129,6 +217,8 @@ class Step:
 
     def prepare(self):
         """What the teacher says, or the old log-probs: the forward that comes before the update."""
+        if not self._scores_first:
+            return None
         if hasattr(self._actor, "teachers"):
             return self._actor.score(self._flags())
         return self._actor.compute_log_prob(self._flags())
@@ -142,20 +232,20 @@ class Step:
         self._actor.update_actor(data)
 
 
-def measure_once(step: Step) -> dict[str, float]:
-    started = time.perf_counter()
-    prepared = step.prepare()
-    updating = time.perf_counter()
-    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
-    before = resident("VmRSS")
-    step.update(prepared)
-    ended = time.perf_counter()
+def measure_once(step: Step, device: str) -> dict[str, float]:
+    meter = CudaMeter if device == "cuda" else ProcessMeter
+    with meter() as preparing:
+        prepared = step.prepare()
+    with meter() as updating:
+        step.update(prepared)
     return {
-        "prepare_s": updating - started,
-        "update_s": ended - updating,
-        "step_s": ended - started,
-        "update_extra_mb": (resident("VmHWM") - before) / 1e6,
-        "before_update_mb": before / 1e6,
+        "prepare_s": preparing.seconds,
+        "update_s": updating.seconds,
+        "step_s": preparing.seconds + updating.seconds,
+        "update_extra_mb": updating.peak / 1e6,
+        "before_update_mb": updating.before / 1e6,
+        "after_start_mb": step.after_start / 1e6,
+        "after_update_mb": resident_bytes(device) / 1e6,
     }
 
 
@@ -164,16 +254,17 @@ def serve(kind: str, args: argparse.Namespace) -> None:
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples" / "on_policy_distillation")]
     out, sys.stdout = sys.stdout, sys.stderr  # VERL prints
     step = Step(kind, args)
-    measure_once(step)
+    measure_once(step, args.device)
     print("ready", file=out, flush=True)
     for _ in sys.stdin:
-        print(json.dumps(measure_once(step)), file=out, flush=True)
+        print(json.dumps(measure_once(step, args.device)), file=out, flush=True)
 
 
 def start(kind: str, port: int, args: argparse.Namespace) -> LineProcess:
-    folder = Path(args.folder) / kind
+    # Large models are made once.
+    folder = Path(args.folder) / ("qwen3" if args.models == "qwen3" else kind)
     command = [sys.executable, __file__, "serve", kind, "--folder", str(folder)]
-    for name in SIZES:
+    for name in PASSED_ON:
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     environment = os.environ | {
         "RANK": "0",
@@ -182,10 +273,16 @@ def start(kind: str, port: int, args: argparse.Namespace) -> LineProcess:
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "VERL_PLATFORM": "cpu",
         "MALLOC_MMAP_THRESHOLD_": "1048576",  # freed tensors go back to the system, so that peaks are peaks
     }
-    return LineProcess(command, environment, stderr=subprocess.DEVNULL)
+    if args.device == "cpu":
+        environment["VERL_PLATFORM"] = "cpu"
+    with open(log_path(kind, args), "w") as log:
+        return LineProcess(command, environment, stderr=log)
+
+
+def log_path(kind: str, args: argparse.Namespace) -> Path:
+    return Path(args.folder) / f"{kind}.log"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -194,7 +291,7 @@ def run(args: argparse.Namespace) -> None:
     for port, kind in enumerate(args.kinds, start=29600):
         processes[kind] = start(kind, port, args)  # one after the other: starting is work too
         if processes[kind].read_line().strip() != "ready":
-            raise RuntimeError(f"{kind} did not start: run `{Path(__file__).name} serve {kind}` to see why")
+            raise RuntimeError(f"{kind} did not start: {log_path(kind, args).read_text()[-3000:]}")
     samples: dict[str, list[dict[str, float]]] = {kind: [] for kind in args.kinds}
     for _ in range(args.repeats):
         for kind in args.kinds:
@@ -209,7 +306,7 @@ def run(args: argparse.Namespace) -> None:
     }
     sizes = {name: getattr(args, name) for name in SIZES}
     result = {
-        "machine": machine("cpu", torch.get_num_threads()),
+        "machine": machine(args.device, torch.get_num_threads()),
         "sizes": sizes,
         "repeats": args.repeats,
         "medians": medians,
@@ -230,6 +327,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--micro-batch", type=int, default=16, help="sequences; the default is the whole batch")
     parser.add_argument("--teacher-micro-batch", type=int, default=4, help="sequences")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--models", choices=("tiny", "qwen3"), default="tiny", help="tiny: of --hidden and --layers")
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)

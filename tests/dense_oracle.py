@@ -60,6 +60,7 @@ class DenseOracle:
 
     def response_logits(self, data):
         """Both sides' (batch, longest response, shared vocabulary), one sequence at a time."""
+        self.teacher.to(self.packed.device)
         student, teacher, end = [], [], 0
         for prompt, response in zip(data["prompts"].unbind(), data["responses"].unbind(), strict=True):
             first, end = end + len(prompt) - 1, end + len(prompt) + len(response)

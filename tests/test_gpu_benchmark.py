@@ -1,0 +1,89 @@
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""benchmarks/gpu/run.sh: a dry run of every step on this processor, and what is recorded of steps that do not end well.
+
+The dry run takes about a minute: a step imports VERL in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks" / "gpu"))
+
+import steps  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("gpu")
+    done = subprocess.run(
+        [ROOT / "benchmarks" / "gpu" / "run.sh", "--dry-run", "--out", out],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    return done, {path.stem: json.loads(path.read_text()) for path in out.iterdir()}
+
+
+def test_every_step_runs_at_small_sizes(dry_run):
+    done, found = dry_run
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [(line[0], line[3]) for line in lines] == [(step.name, "ok") for step in steps.STEPS]
+    assert list(found) and set(found) == {step.name for step in steps.STEPS}
+    for name, step in found.items():
+        assert (step["step"], step["status"], step["is_dry_run"]) == (name, "ok", True)
+        assert {"device", "torch", "triton", "driver"} <= set(step["machine"])
+        assert 0 < step["seconds"] < step["limit_s"]
+
+
+def test_the_rows_say_what_was_measured(dry_run):
+    _, found = dry_run
+    assert [row["is_right"] for row in found["products"]["rows"]] == [True] * 3
+    assert len(found["kernel"]["rows"]) == 5 and all(row["is_right"] for row in found["kernel"]["rows"])
+    bandwidth = found["bandwidth"]["rows"]
+    assert {row["kind"] for row in bandwidth} == {"reverse_kl", "forward_kl", "gkd", "skew_reverse_kl"}
+    assert all("error" in row or row["gigabytes_per_s"] > 0 for row in bandwidth)
+    head, *sweep = found["head"]["rows"]
+    assert {row["implementation"] for row in head["linear_divergence"]["rows"]} == {"floor", "ours"}
+    assert len(sweep) == 2 * 2 * 3 and all(row["seconds"] > 0 for row in sweep)
+    assert set(found["update"]["trainer_update"]["medians"]) == {"pure", "verl_topk", "grpo"}
+
+
+def script(folder: Path, name: str, body: str) -> Path:
+    path = folder / f"{name}.py"
+    path.write_text(f"import json, sys, time\nout = sys.argv[sys.argv.index('--out') + 1]\n{body}\n")
+    return path
+
+
+def test_a_step_that_does_not_end_well_is_recorded_and_stops_no_other(tmp_path):
+    bodies = {
+        "fails": "json.dump({'rows': [1]}, open(out, 'w')); print('before'); raise ValueError('why it failed')",
+        "hangs": "json.dump({'rows': [2]}, open(out, 'w')); print('so far', flush=True); time.sleep(600)",
+        "skips": "json.dump({'rows': [], 'skipped': 'no VERL'}, open(out, 'w'))",
+        "works": "json.dump({'rows': [3]}, open(out, 'w'))",
+    }
+    all_steps = [steps.Step(name, script(tmp_path, name, body), 3.0) for name, body in bodies.items()]
+    assert not steps.run(all_steps, tmp_path / "out", is_dry_run=True)
+    found = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in bodies}
+    assert [found[name]["status"] for name in bodies] == ["failed", "timeout", "skipped", "ok"]
+    assert "ValueError: why it failed" in found["fails"]["last_lines"][-1]
+    assert found["hangs"]["last_lines"] == ["so far"]
+    assert [found[name]["rows"] for name in bodies] == [[1], [2], [], [3]]  # what there was stays
