@@ -23,13 +23,20 @@ import time
 import pytest
 import torch
 from arithmetic import tiny_model
+from conftest import ROOT
 from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl.on_policy_distillation import hydra_source
-from verl.on_policy_distillation.checks import prepare, refuse_misspelt_overrides, validate
+from verl.on_policy_distillation.checks import (
+    MINIMUM_TORCH,
+    prepare,
+    refuse_misspelt_overrides,
+    require_torch,
+    validate,
+)
 from verl.on_policy_distillation.config import DistillationPolicyLossConfig, TeacherConfig, field_names
 from verl.on_policy_distillation.divergence import DivergenceSpec
 from verl.on_policy_distillation.output_projection import find_output_projection
@@ -100,6 +107,21 @@ def test_a_switch_between_divergences_is_not_written_out_as_one(models):
     policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
     assert (policy_loss.distillation_type, policy_loss.distillation_beta) == (None, None)
     assert policy_loss.divergence == DivergenceSpec(temperature=1.0, entropy_threshold=1.5)
+
+
+@pytest.mark.parametrize("found", ["2.7.1+cu126", "2.6.0", "1.13.1"])
+def test_a_torch_that_is_too_old(found):
+    with pytest.raises(RuntimeError, match=f"torch {re.escape(found)} is older than 2.8, .*install torch>=2.8"):
+        require_torch(found)
+
+
+@pytest.mark.parametrize("found", ["2.8.0", "2.8.0a0+5228986c39.nv25.05", "2.13.0+cpu", "3.0"])
+def test_a_torch_that_is_new_enough(found):
+    require_torch(found)
+
+
+def test_the_package_asks_for_the_torch_that_the_start_asks_for():
+    assert f'"torch>={MINIMUM_TORCH}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_other_losses_are_left_as_they_are(models):

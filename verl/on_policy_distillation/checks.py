@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
+from packaging.version import Version
 
 from verl.on_policy_distillation.config import (
     HYBRID,
@@ -50,16 +51,20 @@ from verl.utils.fs import copy_to_local
 from verl.utils.torch_dtypes import PrecisionType
 
 __all__ = [
+    "MINIMUM_TORCH",
     "loss_mode",
     "prepare",
     "refuse_misspelt_overrides",
     "require_one_prompt",
     "require_prompts",
     "require_routes",
+    "require_torch",
     "validate",
 ]
 
 logger = logging.getLogger(__name__)
+
+MINIMUM_TORCH = "2.8"
 
 _POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 
@@ -97,11 +102,21 @@ def prepare(config: DictConfig) -> None:
         _make_reward_optional(config)
 
 
+def require_torch(found: str = torch.__version__) -> None:
+    """Raise RuntimeError if the torch that runs is older than `MINIMUM_TORCH`."""
+    if Version(found).release < Version(MINIMUM_TORCH).release:  # 2.8.0a0 of a vendor's build has what 2.8 has
+        raise RuntimeError(
+            f"torch {found} is older than {MINIMUM_TORCH}, with which products of 16-bit matrices come in float32 "
+            f"(torch.mm with out_dtype): install torch>={MINIMUM_TORCH}."
+        )
+
+
 def validate(config: DictConfig) -> None:
     """Check the trainer's configuration; does nothing when neither distillation loss nor a teacher is named.
 
     Raises:
         ValueError: naming the key, the value and the fix.
+        RuntimeError: torch is too old.
     """
     if "teachers" in config:
         raise ValueError(f"teachers={config.teachers}: there is no teachers group, did you mean teacher.model.path?")
@@ -113,6 +128,7 @@ def validate(config: DictConfig) -> None:
                 f"{loss_mode(config)}: set loss_mode={PURE} or {HYBRID}, or leave {key} out."
             )
         return
+    require_torch()
     _check_trainer(config)
     _check_student(config)
     _check_loss(config)
