@@ -109,6 +109,18 @@ def test_a_switch_between_divergences_is_not_written_out_as_one(models):
     assert policy_loss.divergence == DivergenceSpec(temperature=1.0, entropy_threshold=1.5)
 
 
+def test_a_teacher_s_forward_takes_four_times_the_actor_s_tokens(models):
+    for overrides, tokens in (
+        ([f"{ACTOR}.ppo_max_token_len_per_gpu=16"], 64),
+        (["teacher.max_token_len_per_gpu=100"], 100),
+        (["teacher.use_dynamic_bsz=False", "teacher.micro_batch_size_per_gpu=2"], None),
+    ):
+        config = make_config(PURE, *models, *overrides)
+        for _ in range(2):  # what was prepared may be prepared again
+            prepare(config)
+        assert config.teacher.max_token_len_per_gpu == tokens
+
+
 @pytest.mark.parametrize("found", ["2.7.1+cu126", "2.6.0", "1.13.1"])
 def test_a_torch_that_is_too_old(found):
     with pytest.raises(RuntimeError, match=f"torch {re.escape(found)} is older than 2.8, .*install torch>=2.8"):
@@ -140,6 +152,7 @@ def test_the_yaml_files_have_the_keys_and_defaults_of_the_dataclasses(models):
     assert {name: section[name] for name in ours} == {name: getattr(defaults, name) for name in ours}
     assert set(config.teacher) - {"_target_"} == set(field_names(TeacherConfig))
     plain = ("vocab", "payload", "payload_dtype", "topk", "models", "routing_key", "weights_key", "ema", "refresh_freq")
+    plain += ("weights", "use_dynamic_bsz", "micro_batch_size_per_gpu", "max_token_len_per_gpu")
     plain += ("dump_freq", "dump_size")  # the others follow the student
     assert [config.teacher[name] for name in plain] == [getattr(TeacherConfig(), name) for name in plain]
 
@@ -186,13 +199,45 @@ MISTAKES = {
     "path": ([PURE, "teacher.model.path=5"], "teacher.model.path=5 is no path: set it to"),
     "dynamic": ([PURE, "teacher.use_dynamic_bsz=maybe"], "teacher.use_dynamic_bsz='maybe': set it to True or False"),
     "micro batch": (
-        [PURE, "teacher.micro_batch_size_per_gpu=null"],
+        [PURE, "teacher.use_dynamic_bsz=False"],
         "teacher.micro_batch_size_per_gpu=None: set it to a whole number above 0",
     ),
-    "micro batch of zero": ([PURE, "teacher.micro_batch_size_per_gpu=0"], "micro_batch_size_per_gpu=0: set it to"),
-    "tokens": (
-        [PURE, "teacher.use_dynamic_bsz=True", "teacher.max_token_len_per_gpu=1.5"],
-        "teacher.max_token_len_per_gpu=1.5: set it to a whole number",
+    "micro batch of zero": (
+        [PURE, "teacher.use_dynamic_bsz=False", "teacher.micro_batch_size_per_gpu=0"],
+        "micro_batch_size_per_gpu=0: set it to",
+    ),
+    "micro batch with dynamic batching": (
+        [PURE, "teacher.micro_batch_size_per_gpu=4"],
+        "teacher.micro_batch_size_per_gpu=4 has no effect with teacher.use_dynamic_bsz=True: set "
+        "teacher.max_token_len_per_gpu in its place, or teacher.use_dynamic_bsz=False",
+    ),
+    "tokens without dynamic batching": (
+        [PURE, "teacher.use_dynamic_bsz=False", "teacher.max_token_len_per_gpu=64"],
+        "teacher.max_token_len_per_gpu=64 has no effect with teacher.use_dynamic_bsz=False: set "
+        "teacher.micro_batch_size_per_gpu in its place, or teacher.use_dynamic_bsz=True",
+    ),
+    "tokens": ([PURE, "teacher.max_token_len_per_gpu=1.5"], "teacher.max_token_len_per_gpu=1.5: set it to a whole"),
+    "tokens of nobody": (
+        [PURE, f"{ACTOR}.ppo_max_token_len_per_gpu=null"],
+        "teacher.max_token_len_per_gpu=None: set it to a whole number",
+    ),
+    "sequences longer than a forward": (
+        [PURE, "teacher.max_token_len_per_gpu=63"],
+        "teacher.max_token_len_per_gpu=63 is less than data.max_prompt_length=32 plus data.max_response_length=32: "
+        "set teacher.max_token_len_per_gpu to 64 or more",
+    ),
+    "sequences longer than four of the actor's": (
+        [PURE, f"{ACTOR}.ppo_max_token_len_per_gpu=15"],
+        r"teacher.max_token_len_per_gpu \(4 \* .*ppo_max_token_len_per_gpu=15\)=60 is less than .* to 64 or more",
+    ),
+    "where the weights are": ([PURE, "teacher.weights=gpu"], "teacher.weights=gpu is unknown: choose one of"),
+    "weights of nobody": (
+        [PURE, "teacher.model.path=self", "teacher.weights=resident"],
+        "teacher.weights=resident with teacher.model.path=self: .* Leave teacher.weights out",
+    ),
+    "weights that stay and leave": (
+        [PURE, "teacher.weights=resident", "teacher.fsdp_config.param_offload=True"],
+        "teacher.weights=resident and teacher.fsdp_config.param_offload=True contradict",
     ),
     "dump frequency": ([PURE, "teacher.dump_freq=often"], "teacher.dump_freq='often' .* set it to -1 .never. or"),
     "dump folder": ([PURE, "teacher.dump_freq=1", "teacher.dump_dir=null"], "teacher.dump_dir=None .*set it to a fold"),
@@ -254,7 +299,12 @@ MISTAKES = {
         "teacher.model.use_fused_kernels=True.*set it to False",
     ),
     "uneven micro-batches": (
-        [PURE, "data.train_batch_size=10", "teacher.micro_batch_size_per_gpu=4"],
+        [
+            PURE,
+            "data.train_batch_size=10",
+            "teacher.use_dynamic_bsz=False",
+            "teacher.micro_batch_size_per_gpu=4",
+        ],
         "teacher.micro_batch_size_per_gpu=4 does not divide the 10 sequences.*set it to a divisor",
     ),
     "typo in the teacher": ([PURE, "+teacher.paylod=logits"], "teacher.paylod=logits .*did you mean payload"),
