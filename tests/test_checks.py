@@ -27,6 +27,7 @@ from conftest import ROOT
 from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl.on_policy_distillation import hydra_source
@@ -548,20 +549,53 @@ def test_a_tied_checkpoint_with_a_head_of_its_own(tmp_path):
         assert torch.equal(find_output_projection(str(tmp_path), tied=False).weight.read(), head)
 
 
-def test_a_hub_name_is_resolved_to_its_snapshot(tmp_path):
+@pytest.mark.parametrize("kind", ["one file", "an index", "an index of .bin files"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_a_name_on_the_hub_only_the_file_with_the_projection_is_read(kind, tied, tmp_path):
     """In a process of its own: the Hub's library reads its cache folder from the environment when it is imported."""
     repository = tmp_path / "models--org--teacher"
+    snapshot = repository / "snapshots" / "0123abc"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0123abc")
-    (repository / "snapshots").mkdir()
-    tiny_model(repository / "snapshots" / "0123abc")
+    (repository / "blobs").mkdir()
+    tiny_model(snapshot, tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(snapshot)
+    weight = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    if kind == "an index":
+        (snapshot / "model.safetensors").unlink()
+        model.save_pretrained(snapshot, max_shard_size="20KB")
+        weight_map = json.loads((snapshot / "model.safetensors.index.json").read_text())["weight_map"]
+    elif kind == "an index of .bin files":
+        (snapshot / "model.safetensors").unlink()
+        weight_map = {name: "a.bin" if name == weight else "b.bin" for name, _ in model.named_parameters()}
+        (snapshot / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        torch.save({weight: model.get_output_embeddings().weight}, snapshot / "a.bin")
+    else:
+        weight_map = {weight: "model.safetensors"}
+    for file in snapshot.iterdir():  # as if nothing else had been fetched, and the network were down
+        if file.name != weight_map[weight] and not file.name.endswith(".index.json"):
+            file.unlink()
+    out = tmp_path / "out.pt"
     code = (
-        "from verl.on_policy_distillation.output_projection import checkpoint_folder, find_output_projection as find\n"
-        "print(find(checkpoint_folder('org/teacher'), tied=False).weight.file)"
+        "import torch\n"
+        "from verl.on_policy_distillation.output_projection import find_output_projection\n"
+        f"found = find_output_projection('org/teacher', tied={tied})\n"
+        f"torch.save((found.weight.file, found.load('cpu', torch.float32).weight), {str(out)!r})"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert output.stdout.strip() == str(repository / "snapshots" / "0123abc" / "model.safetensors"), output.stderr
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    file, found = torch.load(out)
+    assert file == str(snapshot / weight_map[weight])
+    assert torch.equal(found, model.get_output_embeddings().weight)
+
+
+def test_safetensors_are_read_where_both_kinds_are_there(tmp_path):
+    weights = {"lm_head.weight": torch.randn(7, 3)}
+    index = {"weight_map": {"lm_head.weight": "pytorch_model-00001-of-00001.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    save_file(weights, tmp_path / "model.safetensors")
+    assert torch.equal(find_output_projection(str(tmp_path), tied=False).weight.read(), weights["lm_head.weight"])
 
 
 def test_a_checkpoint_without_a_known_head_names_the_fallback(tmp_path):
