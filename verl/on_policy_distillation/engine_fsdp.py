@@ -236,8 +236,8 @@ def keep_rows(keep: Keep, rows: torch.Tensor, dtype: torch.dtype, micro_batch: T
 def reshard_root(module: torch.nn.Module) -> None:
     """Let go of the gathered weights that a forward leaves in the outermost FSDP unit (embeddings, last norm).
 
-    They stay there for the backward, which a teacher has not, and VERL's engine lets go of them with ``fsdp_size`` above
-    1 only.
+    They stay there for the backward, which a teacher has not, and VERL's engine lets go of them only where ``fsdp_size``
+    is above 1.
     """
     if fsdp_version(module) == 2:
         module.reshard()
