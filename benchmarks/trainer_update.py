@@ -138,8 +138,8 @@ def overrides(kind: str, models: dict[str, str], args: argparse.Namespace) -> li
     if kind == "verl_topk":
         return [*common, f"{POLICY_LOSS}.loss_mode=vanilla", *VERL_TOPK]
     loss = [f"{POLICY_LOSS}.loss_mode=on_policy_distillation"]
-    batches = f"teacher.micro_batch_size_per_gpu={args.teacher_micro_batch}"
-    return [*common, *loss, batches, *teacher_overrides(kind, models)]
+    batches = ["teacher.use_dynamic_bsz=False", f"teacher.micro_batch_size_per_gpu={args.teacher_micro_batch}"]
+    return [*common, *loss, *batches, *teacher_overrides(kind, models)]
 
 
 def make_rows(kind: str, args: argparse.Namespace) -> list[dict]:

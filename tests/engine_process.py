@@ -56,6 +56,7 @@ MACHINE = (
     "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=${actor_rollout_ref.actor.use_dynamic_bsz}",
     "teacher.fsdp_config.model_dtype=fp32",
     "teacher.payload_dtype=float32",
+    "teacher.max_token_len_per_gpu=40",  # several micro-batches
 )
 
 
@@ -137,10 +138,11 @@ def run_case(overrides, batch, rank, world_size):
     data = local_batch(batch, rank, world_size)
     if not config.actor_rollout_ref.actor.use_kl_loss:
         del data["ref_log_prob"]
-    payload = None
+    payload, sent = None, None
     if hasattr(actor, "teachers"):
         scored = actor.score(data.clone())
         data[TEACHER_ROW] = scored[TEACHER_ROW]
+        sent = {name: (value.dtype, tuple(value.shape)) for name, value in scored.items()}
         payload = (*payload_of(actor, scored[TEACHER_ROW]), int(scored["teacher_bytes"].sum()))
     tu.assign_non_tensor(
         data,
@@ -177,6 +179,7 @@ def run_case(overrides, batch, rank, world_size):
         "metrics": metrics,
         "gradients": gradients,
         "payload": payload,
+        "sent": sent,
         "forward_only": forward_only,
     }
 

@@ -23,13 +23,21 @@ import time
 import pytest
 import torch
 from arithmetic import tiny_model
+from conftest import ROOT
 from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl.on_policy_distillation import hydra_source
-from verl.on_policy_distillation.checks import prepare, refuse_misspelt_overrides, validate
+from verl.on_policy_distillation.checks import (
+    MINIMUM_TORCH,
+    prepare,
+    refuse_misspelt_overrides,
+    require_torch,
+    validate,
+)
 from verl.on_policy_distillation.config import DistillationPolicyLossConfig, TeacherConfig, field_names
 from verl.on_policy_distillation.divergence import DivergenceSpec
 from verl.on_policy_distillation.output_projection import find_output_projection
@@ -102,6 +110,33 @@ def test_a_switch_between_divergences_is_not_written_out_as_one(models):
     assert policy_loss.divergence == DivergenceSpec(temperature=1.0, entropy_threshold=1.5)
 
 
+def test_a_teacher_s_forward_takes_four_times_the_actor_s_tokens(models):
+    for overrides, tokens in (
+        ([f"{ACTOR}.ppo_max_token_len_per_gpu=16"], 64),
+        (["teacher.max_token_len_per_gpu=100"], 100),
+        (["teacher.use_dynamic_bsz=False", "teacher.micro_batch_size_per_gpu=2"], None),
+    ):
+        config = make_config(PURE, *models, *overrides)
+        for _ in range(2):  # what was prepared may be prepared again
+            prepare(config)
+        assert config.teacher.max_token_len_per_gpu == tokens
+
+
+@pytest.mark.parametrize("found", ["2.7.1+cu126", "2.6.0", "1.13.1"])
+def test_a_torch_that_is_too_old(found):
+    with pytest.raises(RuntimeError, match=f"torch {re.escape(found)} is older than 2.8, .*install torch>=2.8"):
+        require_torch(found)
+
+
+@pytest.mark.parametrize("found", ["2.8.0", "2.8.0a0+5228986c39.nv25.05", "2.13.0+cpu", "3.0"])
+def test_a_torch_that_is_new_enough(found):
+    require_torch(found)
+
+
+def test_the_package_asks_for_the_torch_that_the_start_asks_for():
+    assert f'"torch>={MINIMUM_TORCH}"' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_other_losses_are_left_as_they_are(models):
     config = make_config(models[0], "trainer.critic_warmup=5")
     before = OmegaConf.to_yaml(config)
@@ -118,6 +153,7 @@ def test_the_yaml_files_have_the_keys_and_defaults_of_the_dataclasses(models):
     assert {name: section[name] for name in ours} == {name: getattr(defaults, name) for name in ours}
     assert set(config.teacher) - {"_target_"} == set(field_names(TeacherConfig))
     plain = ("vocab", "payload", "payload_dtype", "topk", "models", "routing_key", "weights_key", "ema", "refresh_freq")
+    plain += ("weights", "use_dynamic_bsz", "micro_batch_size_per_gpu", "max_token_len_per_gpu")
     plain += ("dump_freq", "dump_size")  # the others follow the student
     assert [config.teacher[name] for name in plain] == [getattr(TeacherConfig(), name) for name in plain]
 
@@ -164,13 +200,45 @@ MISTAKES = {
     "path": ([PURE, "teacher.model.path=5"], "teacher.model.path=5 is no path: set it to"),
     "dynamic": ([PURE, "teacher.use_dynamic_bsz=maybe"], "teacher.use_dynamic_bsz='maybe': set it to True or False"),
     "micro batch": (
-        [PURE, "teacher.micro_batch_size_per_gpu=null"],
+        [PURE, "teacher.use_dynamic_bsz=False"],
         "teacher.micro_batch_size_per_gpu=None: set it to a whole number above 0",
     ),
-    "micro batch of zero": ([PURE, "teacher.micro_batch_size_per_gpu=0"], "micro_batch_size_per_gpu=0: set it to"),
-    "tokens": (
-        [PURE, "teacher.use_dynamic_bsz=True", "teacher.max_token_len_per_gpu=1.5"],
-        "teacher.max_token_len_per_gpu=1.5: set it to a whole number",
+    "micro batch of zero": (
+        [PURE, "teacher.use_dynamic_bsz=False", "teacher.micro_batch_size_per_gpu=0"],
+        "micro_batch_size_per_gpu=0: set it to",
+    ),
+    "micro batch with dynamic batching": (
+        [PURE, "teacher.micro_batch_size_per_gpu=4"],
+        "teacher.micro_batch_size_per_gpu=4 has no effect with teacher.use_dynamic_bsz=True: set "
+        "teacher.max_token_len_per_gpu in its place, or teacher.use_dynamic_bsz=False",
+    ),
+    "tokens without dynamic batching": (
+        [PURE, "teacher.use_dynamic_bsz=False", "teacher.max_token_len_per_gpu=64"],
+        "teacher.max_token_len_per_gpu=64 has no effect with teacher.use_dynamic_bsz=False: set "
+        "teacher.micro_batch_size_per_gpu in its place, or teacher.use_dynamic_bsz=True",
+    ),
+    "tokens": ([PURE, "teacher.max_token_len_per_gpu=1.5"], "teacher.max_token_len_per_gpu=1.5: set it to a whole"),
+    "tokens of nobody": (
+        [PURE, f"{ACTOR}.ppo_max_token_len_per_gpu=null"],
+        "teacher.max_token_len_per_gpu=None: set it to a whole number",
+    ),
+    "sequences longer than a forward": (
+        [PURE, "teacher.max_token_len_per_gpu=63"],
+        "teacher.max_token_len_per_gpu=63 is less than data.max_prompt_length=32 plus data.max_response_length=32: "
+        "set teacher.max_token_len_per_gpu to 64 or more",
+    ),
+    "sequences longer than four of the actor's": (
+        [PURE, f"{ACTOR}.ppo_max_token_len_per_gpu=15"],
+        r"teacher.max_token_len_per_gpu \(4 \* .*ppo_max_token_len_per_gpu=15\)=60 is less than .* to 64 or more",
+    ),
+    "where the weights are": ([PURE, "teacher.weights=gpu"], "teacher.weights=gpu is unknown: choose one of"),
+    "weights of nobody": (
+        [PURE, "teacher.model.path=self", "teacher.weights=resident"],
+        "teacher.weights=resident with teacher.model.path=self: .* Leave teacher.weights out",
+    ),
+    "weights that stay and leave": (
+        [PURE, "teacher.weights=resident", "teacher.fsdp_config.param_offload=True"],
+        "teacher.weights=resident and teacher.fsdp_config.param_offload=True contradict",
     ),
     "dump frequency": ([PURE, "teacher.dump_freq=often"], "teacher.dump_freq='often' .* set it to -1 .never. or"),
     "dump folder": ([PURE, "teacher.dump_freq=1", "teacher.dump_dir=null"], "teacher.dump_dir=None .*set it to a fold"),
@@ -232,7 +300,12 @@ MISTAKES = {
         "teacher.model.use_fused_kernels=True.*set it to False",
     ),
     "uneven micro-batches": (
-        [PURE, "data.train_batch_size=10", "teacher.micro_batch_size_per_gpu=4"],
+        [
+            PURE,
+            "data.train_batch_size=10",
+            "teacher.use_dynamic_bsz=False",
+            "teacher.micro_batch_size_per_gpu=4",
+        ],
         "teacher.micro_batch_size_per_gpu=4 does not divide the 10 sequences.*set it to a divisor",
     ),
     "typo in the teacher": ([PURE, "+teacher.paylod=logits"], "teacher.paylod=logits .*did you mean payload"),
@@ -476,20 +549,53 @@ def test_a_tied_checkpoint_with_a_head_of_its_own(tmp_path):
         assert torch.equal(find_output_projection(str(tmp_path), tied=False).weight.read(), head)
 
 
-def test_a_hub_name_is_resolved_to_its_snapshot(tmp_path):
+@pytest.mark.parametrize("kind", ["one file", "an index", "an index of .bin files"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_a_name_on_the_hub_only_the_file_with_the_projection_is_read(kind, tied, tmp_path):
     """In a process of its own: the Hub's library reads its cache folder from the environment when it is imported."""
     repository = tmp_path / "models--org--teacher"
+    snapshot = repository / "snapshots" / "0123abc"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0123abc")
-    (repository / "snapshots").mkdir()
-    tiny_model(repository / "snapshots" / "0123abc")
+    (repository / "blobs").mkdir()
+    tiny_model(snapshot, tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(snapshot)
+    weight = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    if kind == "an index":
+        (snapshot / "model.safetensors").unlink()
+        model.save_pretrained(snapshot, max_shard_size="20KB")
+        weight_map = json.loads((snapshot / "model.safetensors.index.json").read_text())["weight_map"]
+    elif kind == "an index of .bin files":
+        (snapshot / "model.safetensors").unlink()
+        weight_map = {name: "a.bin" if name == weight else "b.bin" for name, _ in model.named_parameters()}
+        (snapshot / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        torch.save({weight: model.get_output_embeddings().weight}, snapshot / "a.bin")
+    else:
+        weight_map = {weight: "model.safetensors"}
+    for file in snapshot.iterdir():  # as if nothing else had been fetched, and the network were down
+        if file.name != weight_map[weight] and not file.name.endswith(".index.json"):
+            file.unlink()
+    out = tmp_path / "out.pt"
     code = (
-        "from verl.on_policy_distillation.output_projection import checkpoint_folder, find_output_projection as find\n"
-        "print(find(checkpoint_folder('org/teacher'), tied=False).weight.file)"
+        "import torch\n"
+        "from verl.on_policy_distillation.output_projection import find_output_projection\n"
+        f"found = find_output_projection('org/teacher', tied={tied})\n"
+        f"torch.save((found.weight.file, found.load('cpu', torch.float32).weight), {str(out)!r})"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert output.stdout.strip() == str(repository / "snapshots" / "0123abc" / "model.safetensors"), output.stderr
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    file, found = torch.load(out)
+    assert file == str(snapshot / weight_map[weight])
+    assert torch.equal(found, model.get_output_embeddings().weight)
+
+
+def test_safetensors_are_read_where_both_kinds_are_there(tmp_path):
+    weights = {"lm_head.weight": torch.randn(7, 3)}
+    index = {"weight_map": {"lm_head.weight": "pytorch_model-00001-of-00001.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    save_file(weights, tmp_path / "model.safetensors")
+    assert torch.equal(find_output_projection(str(tmp_path), tied=False).weight.read(), weights["lm_head.weight"])
 
 
 def test_a_checkpoint_without_a_known_head_names_the_fallback(tmp_path):

@@ -115,16 +115,23 @@ def make_batch(seed=0):
     return rows
 
 
+def by_sequences(size):
+    """The teacher's micro-batches, by sequences instead of by tokens."""
+    settings = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": size, "max_token_len_per_gpu": "null"}
+    return tuple(f"teacher.{key}={value}" for key, value in settings.items())
+
+
 CASES = {
     "reverse_kl": (PURE, f"{MICRO}=4"),
     "dense": (PURE, f"{MICRO}=4", DENSE),
     "dense_packed": (PURE, f"{MICRO}=4", DENSE, "actor_rollout_ref.model.use_remove_padding=True"),
     "dense_hybrid": (HYBRID, f"{MICRO}=4", DENSE, f"{LOSS}.hybrid_lambda_rl=0.7", f"{LOSS}.hybrid_lambda_distill=0.3"),
-    "micro_batch_1": (PURE, f"{MICRO}=1"),
+    "micro_batch_1": (PURE, f"{MICRO}=1", *by_sequences(1)),
     "dynamic": (
         PURE,
         "actor_rollout_ref.actor.use_dynamic_bsz=True",
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16",
+        "teacher.max_token_len_per_gpu=16",
     ),
     "gkd_tempered": (
         PURE,
@@ -137,6 +144,7 @@ CASES = {
     "forward_kl_seq_mean": (
         PURE,
         f"{MICRO}=2",
+        *by_sequences(2),
         f"{LOSS}.distillation_type=forward_kl",
         "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean",
     ),
@@ -410,6 +418,14 @@ def test_bf16_payload_is_within_its_rounding(one_rank):
     assert rounded["loss"] == pytest.approx(exact["loss"], rel=2e-2)
     assert rounded["loss"] != exact["loss"]  # or the payload was not rounded at all
     assert_same_gradients(rounded["gradients"], exact["gradients"], tolerance=2e-2)
+
+
+def test_nothing_that_a_teacher_says_leaves_its_process(one_rank):
+    """What `score` returns goes to TransferQueue, and with it into its checkpoints: two numbers of each sample."""
+    for name, result in one_rank.items():
+        if result["payload"] is not None:
+            each = (torch.int64, (NUM_SEQUENCES,))
+            assert result["sent"] == {"teacher_row": each, "teacher_bytes": each}, name
 
 
 def test_the_payload_holds_the_tokens_of_the_loss_only(one_rank, checkpoints, batch):

@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from verl.on_policy_distillation.divergence import DivergenceSpec
-from verl.on_policy_distillation.engine_fsdp import end_at_output_layer, output_layer_logits
+from verl.on_policy_distillation.engine_fsdp import end_at_output_layer, output_layer_logits, reshard_root
 from verl.on_policy_distillation.head import LinearLogits, divergence_of_head, tokens_of_head
 from verl.on_policy_distillation.output_projection import LogitTransform
 
@@ -111,3 +111,30 @@ def train_one_step(rank: int, world_size: int, port: int, kind: str, use_orig_pa
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_step_is_that_of_the_plain_model(policy, kind, use_orig_params):
     torch.multiprocessing.spawn(train_one_step, args=(2, free_port(), kind, use_orig_params, policy), nprocs=2)
+
+
+def let_go_of_the_root(rank: int, world_size: int, port: int, policy: str) -> None:
+    """In each process: what a forward leaves gathered is let go of, and gathered again for the next."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    model = wrapped(student(), use_orig_params=False, policy_name=policy).eval()
+    sequence = torch.randint(VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(rank))
+
+    def gathered_bytes() -> int:
+        return model._handle.flat_param._full_param_padded.untyped_storage().nbytes()
+
+    with torch.no_grad():
+        first = model(sequence).logits
+        is_sharded = world_size > 1  # by itself a rank has the weights whole, and there is nothing to let go of
+        assert not is_sharded or gathered_bytes() > 0
+        for _ in range(2):  # it may be asked for what is done
+            reshard_root(model)
+            assert not is_sharded or gathered_bytes() == 0
+        torch.testing.assert_close(model(sequence).logits, first, rtol=0, atol=0)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("policy", "ranks"), [("layers", 1), ("layers", 2), ("size", 2)])
+def test_after_a_forward_the_root_s_weights_are_let_go_of(policy, ranks):
+    torch.multiprocessing.spawn(let_go_of_the_root, args=(ranks, free_port(), policy), nprocs=ranks)

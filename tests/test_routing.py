@@ -199,7 +199,7 @@ def test_a_single_named_teacher_gets_even_micro_batches(paths):
     """Nothing is padded for it, so VERL's own rule holds."""
     overrides = [f"+teacher.models.code.path={paths['code']}", "data.train_batch_size=8"]
     with pytest.raises(ValueError, match="teacher.micro_batch_size_per_gpu=3 does not divide"):
-        validate(config_of(paths, *overrides, "teacher.micro_batch_size_per_gpu=3"))
+        validate(config_of(paths, *overrides, "teacher.use_dynamic_bsz=False", "teacher.micro_batch_size_per_gpu=3"))
 
 
 @pytest.mark.parametrize("key", ["routing_key=x", "weights_key=x", "ema=0.9", "refresh_freq=2", "topk=3"])

@@ -27,7 +27,17 @@ import torch
 from arithmetic import build_tokenizer, tiny_model
 from tensordict import NonTensorStack, TensorDict
 from test_checks import PURE, make_config
-from test_engine import HYBRID, LOSS, MICRO, assert_same_gradients, divergence, response_logits, run_workers, sharpened
+from test_engine import (
+    HYBRID,
+    LOSS,
+    MICRO,
+    assert_same_gradients,
+    by_sequences,
+    divergence,
+    response_logits,
+    run_workers,
+    sharpened,
+)
 from test_engine import make_batch as make_rows
 from transformers import AutoModelForCausalLM
 
@@ -201,9 +211,8 @@ CASES = {
         KEY,
         "actor_rollout_ref.actor.use_dynamic_bsz=True",
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16",
-        "teacher.max_token_len_per_gpu=40",
     ),
-    "routed": (PURE, f"{MICRO}=2", KEY, "teacher.routing_key=data_source"),
+    "routed": (PURE, f"{MICRO}=2", *by_sequences(2), KEY, "teacher.routing_key=data_source"),
 }
 TWO_RANKS = ("packed", "dynamic", "routed")
 
@@ -318,9 +327,9 @@ def models(tmp_path_factory):
             "context of 64 tokens .*teacher.max_prompt_length=33 plus data.max_response_length=32 is 65: shorten them",
         ),
         (
-            [KEY, "teacher.use_dynamic_bsz=True", "teacher.max_token_len_per_gpu=63"],
-            "teacher.max_token_len_per_gpu=63 is less than data.max_prompt_length=32 plus "
-            "data.max_response_length=32: set it to 64 or more",
+            [KEY, "teacher.max_prompt_length=16", "teacher.max_token_len_per_gpu=47"],
+            "teacher.max_token_len_per_gpu=47 is less than teacher.max_prompt_length=16 plus "
+            "data.max_response_length=32: set teacher.max_token_len_per_gpu to 48 or more",
         ),
         (
             [KEY, "teacher.routing_key=text", "+teacher.models.a.path=x"],
@@ -336,7 +345,7 @@ def test_settings_that_cannot_work(overrides, said, models):
 
 
 def test_settings_that_can(models):
-    fitting = (KEY, "teacher.use_dynamic_bsz=True", "teacher.max_token_len_per_gpu=64")
+    fitting = (KEY, "teacher.max_token_len_per_gpu=64")
     validate(make_config(PURE, *models, *fitting))
     validate(make_config(PURE, *models, *fitting, "teacher.max_prompt_length=32", "data.truncation=middle"))
     # The student's prompts may be longer than the teacher's context, as it never sees them.

@@ -19,7 +19,18 @@ As test_engine.py, whose pieces are used. Which teacher speaks for a sample, and
 import pytest
 import torch
 from test_buckets import bucketed
-from test_engine import HYBRID, LOSS, MICRO, PURE, divergence, make_batch, response_logits, run_workers, sharpened
+from test_engine import (
+    HYBRID,
+    LOSS,
+    MICRO,
+    PURE,
+    by_sequences,
+    divergence,
+    make_batch,
+    response_logits,
+    run_workers,
+    sharpened,
+)
 from transformers import AutoModelForCausalLM
 
 from verl.on_policy_distillation.plan import payload_bytes
@@ -52,24 +63,33 @@ PLAIN, TEMPERED = ("reverse_kl", 1.0, 1.0), ("gkd", 0.3, 1.7)
 CASES = {
     "equal": ((PURE, f"{MICRO}=4"), lambda row: dict.fromkeys(NAMES, 1 / 3), PLAIN),
     "mixture": ((PURE, f"{MICRO}=4", *WEIGHTS, *GKD), the_weights, TEMPERED),
-    "mixture_micro_batch_1": ((PURE, f"{MICRO}=1", *WEIGHTS, *GKD), the_weights, TEMPERED),
+    "mixture_micro_batch_1": ((PURE, f"{MICRO}=1", *by_sequences(1), *WEIGHTS, *GKD), the_weights, TEMPERED),
     "mixture_of_logits": ((PURE, f"{MICRO}=4", *WEIGHTS, *GKD, "teacher.payload=logits"), the_weights, TEMPERED),
     "mixture_hybrid": ((HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_rl=0", *WEIGHTS, *GKD), the_weights, TEMPERED),
     "routed": ((PURE, f"{MICRO}=4", *ROUTED), the_route, PLAIN),
-    "routed_micro_batch_2": ((PURE, f"{MICRO}=2", *ROUTED), the_route, PLAIN),
+    "routed_micro_batch_2": ((PURE, f"{MICRO}=2", *by_sequences(2), *ROUTED), the_route, PLAIN),
     "routed_dynamic": (
         (
             PURE,
             *ROUTED,
             "actor_rollout_ref.actor.use_dynamic_bsz=True",
             "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16",
+            "teacher.max_token_len_per_gpu=16",
         ),
         the_route,
         PLAIN,
     ),
     "routed_hybrid": ((HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_rl=0", *ROUTED, *GKD), the_route, TEMPERED),
     "both": (
-        (PURE, f"{MICRO}=4", *ROUTED, *GKD, "+teacher.models.code.route=maths", "+teacher.models.code.weight=3"),
+        (
+            PURE,
+            f"{MICRO}=4",
+            *by_sequences(4),
+            *ROUTED,
+            *GKD,
+            "+teacher.models.code.route=maths",
+            "+teacher.models.code.weight=3",
+        ),
         two_on_a_route,
         TEMPERED,
     ),

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
+from packaging.version import Version
 
 from verl.on_policy_distillation.config import (
     HYBRID,
@@ -35,11 +36,13 @@ from verl.on_policy_distillation.config import (
     SELF,
     TEACHER_PAYLOADS,
     TEACHER_VOCABS,
+    TEACHER_WEIGHTS,
     DistillationLossConfig,
     is_distillation_loss,
     misspelt_loss_key,
     misspelt_teacher_key,
     teacher_groups,
+    teacher_tokens,
 )
 from verl.on_policy_distillation.memory import warn_of_memory
 from verl.on_policy_distillation.output_projection import find_output_projection, require_readable
@@ -51,16 +54,20 @@ from verl.utils.fs import copy_to_local
 from verl.utils.torch_dtypes import PrecisionType
 
 __all__ = [
+    "MINIMUM_TORCH",
     "loss_mode",
     "prepare",
     "refuse_misspelt_overrides",
     "require_one_prompt",
     "require_prompts",
     "require_routes",
+    "require_torch",
     "validate",
 ]
 
 logger = logging.getLogger(__name__)
+
+MINIMUM_TORCH = "2.8"
 
 _POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 
@@ -74,8 +81,8 @@ def loss_mode(config: DictConfig) -> str:
 def prepare(config: DictConfig) -> None:
     """Check the trainer's configuration and settle, in place, what the loss decides; nothing for other losses.
 
-    The divergence that type and beta choose is written out, where it is one for all tokens. The pure loss has no
-    critic, no critic warm-up and no reference policy, and needs no reward.
+    The divergence that type and beta choose is written out, where it is one for all tokens; so is the number of tokens
+    in a teacher's forward. The pure loss has no critic, no critic warm-up and no reference policy, and needs no reward.
 
     Raises:
         ValueError: naming the key, the value and the fix.
@@ -83,6 +90,8 @@ def prepare(config: DictConfig) -> None:
     validate(config)
     if not is_distillation_loss(loss_mode(config)):
         return
+    if config.teacher.use_dynamic_bsz:
+        _, config.teacher.max_token_len_per_gpu = teacher_tokens(config)
     policy_loss = config.actor_rollout_ref.actor.policy_loss
     divergence = DistillationLossConfig.from_config(config.actor_rollout_ref.actor).divergence
     if divergence.entropy_threshold is None:
@@ -98,11 +107,21 @@ def prepare(config: DictConfig) -> None:
         _make_reward_optional(config)
 
 
+def require_torch(found: str = torch.__version__) -> None:
+    """Raise RuntimeError if the torch that runs is older than `MINIMUM_TORCH`."""
+    if Version(found).release < Version(MINIMUM_TORCH).release:  # 2.8.0a0 of a vendor's build has what 2.8 has
+        raise RuntimeError(
+            f"torch {found} is older than {MINIMUM_TORCH}, with which products of 16-bit matrices come in float32 "
+            f"(torch.mm with out_dtype): install torch>={MINIMUM_TORCH}."
+        )
+
+
 def validate(config: DictConfig) -> None:
     """Check the trainer's configuration; does nothing when neither distillation loss nor a teacher is named.
 
     Raises:
         ValueError: naming the key, the value and the fix.
+        RuntimeError: torch is too old.
     """
     if "teachers" in config:
         raise ValueError(f"teachers={config.teachers}: there is no teachers group, did you mean teacher.model.path?")
@@ -114,6 +133,7 @@ def validate(config: DictConfig) -> None:
                 f"{loss_mode(config)}: set loss_mode={PURE} or {HYBRID}, or leave {key} out."
             )
         return
+    require_torch()
     _check_trainer(config)
     _check_student(config)
     _check_loss(config)
@@ -390,18 +410,6 @@ def _check_prompts(config: DictConfig) -> None:
             tools,
             key,
         )
-    _check_prompts_fit(config)
-
-
-def _check_prompts_fit(config: DictConfig) -> None:
-    """VERL ends the run at the first sequence that is longer than a micro-batch."""
-    key, longest = _longest_prompt(config)
-    budget, response = config.teacher.max_token_len_per_gpu, config.data.max_response_length
-    if config.teacher.use_dynamic_bsz and budget < longest + response:
-        raise ValueError(
-            f"teacher.max_token_len_per_gpu={budget} is less than {key}={longest} plus data.max_response_length="
-            f"{response}: set it to {longest + response} or more."
-        )
 
 
 def _longest_prompt(config: DictConfig) -> tuple[str, int]:
@@ -581,6 +589,7 @@ def _check_teacher_settings(config: DictConfig) -> None:
     _check_engine(config, "teacher.fsdp_config.strategy", "teacher.fsdp_config", "teacher.model")
     _refuse(config, "teacher.fsdp_config.forward_only", False, "the teacher is never trained; set it to True.")
     _check_teacher_batches(config)
+    _check_weights(config.teacher)
     payload = config.teacher.payload
     if payload not in TEACHER_PAYLOADS:
         raise ValueError(f"teacher.payload={payload} is not a payload: choose one of {list(TEACHER_PAYLOADS)}.")
@@ -589,6 +598,25 @@ def _check_teacher_settings(config: DictConfig) -> None:
     _check_top_k(config.teacher)
     for key in ("teacher.payload_dtype", "teacher.fsdp_config.model_dtype"):
         _check_dtype(key, OmegaConf.select(config, key))
+
+
+def _check_weights(teacher: DictConfig) -> None:
+    weights = teacher.weights
+    if weights not in TEACHER_WEIGHTS:
+        raise ValueError(f"teacher.weights={weights} is unknown: choose one of {list(TEACHER_WEIGHTS)}.")
+    if weights != "resident":
+        return
+    if all(group.model.path == SELF for group in teacher_groups(teacher).values()):
+        raise ValueError(
+            f"teacher.weights={weights} with teacher.model.path={SELF}: the student as its own teacher runs on the "
+            "student's engine, which has no weights of a teacher's. Leave teacher.weights out."
+        )
+    for key in ("param_offload", "offload_policy"):
+        if teacher.fsdp_config[key]:
+            raise ValueError(
+                f"teacher.weights={weights} and teacher.fsdp_config.{key}={teacher.fsdp_config[key]} contradict each "
+                "other: leave one of them out."
+            )
 
 
 def _check_top_k(teacher: DictConfig) -> None:
@@ -611,22 +639,52 @@ def _check_teacher_keys(teacher: DictConfig) -> None:
 
 
 def _check_teacher_batches(config: DictConfig) -> None:
+    """The size of the teacher's micro-batches, by tokens or by sequences."""
+    teacher = config.teacher
+    if not isinstance(teacher.use_dynamic_bsz, bool):
+        raise ValueError(f"teacher.use_dynamic_bsz={teacher.use_dynamic_bsz!r}: set it to True or False.")
+    sizes = ("max_token_len_per_gpu", "micro_batch_size_per_gpu")
+    size, unread = sizes if teacher.use_dynamic_bsz else reversed(sizes)
+    if teacher[unread] is not None:
+        raise ValueError(
+            f"teacher.{unread}={teacher[unread]} has no effect with teacher.use_dynamic_bsz={teacher.use_dynamic_bsz}: "
+            f"set teacher.{size} in its place, or teacher.use_dynamic_bsz={not teacher.use_dynamic_bsz}."
+        )
+    key, value = teacher_tokens(config) if teacher.use_dynamic_bsz else (f"teacher.{size}", teacher[size])
+    if not _is_whole(value) or value < 1:
+        raise ValueError(f"{key}={value!r}: set it to a whole number above 0.")
+    if teacher.use_dynamic_bsz:
+        _check_sequences_fit(config, key, value)
+    else:
+        _check_even_batches(config)
+
+
+def _check_sequences_fit(config: DictConfig, key: str, tokens: int) -> None:
+    """VERL ends the run at the first sequence that is longer than a micro-batch of `tokens`, which `key` says."""
+    prompt_key, longest = _longest_prompt(config)
+    response = config.data.max_response_length
+    if tokens < longest + response:
+        raise ValueError(
+            f"{key}={tokens} is less than {prompt_key}={longest} plus data.max_response_length={response}: set "
+            f"teacher.max_token_len_per_gpu to {longest + response} or more."
+        )
+
+
+def _check_even_batches(config: DictConfig) -> None:
     """VERL cuts a rank's sequences into micro-batches of one size, and stops where they do not come out even."""
     rollouts = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
     sequences, rest = divmod(rollouts, config.trainer.nnodes * config.trainer.n_gpus_per_node)
     size = config.teacher.micro_batch_size_per_gpu
     is_padded = len(config.teacher.models) > 1  # what several teachers get is made to come out even
-    if not config.teacher.use_dynamic_bsz and not is_padded and not rest and sequences % size:
+    if not is_padded and not rest and sequences % size:
         raise ValueError(
             f"teacher.micro_batch_size_per_gpu={size} does not divide the {sequences} sequences that each device gets "
-            "of a batch (data.train_batch_size * actor_rollout_ref.rollout.n / devices): set it to a divisor, or set "
-            "teacher.use_dynamic_bsz=True."
+            "of a batch (data.train_batch_size * actor_rollout_ref.rollout.n / devices): set it to a divisor, or leave "
+            "it and teacher.use_dynamic_bsz out."
         )
 
 
 def _check_teacher_numbers(teacher: DictConfig) -> None:
-    if not isinstance(teacher.use_dynamic_bsz, bool):
-        raise ValueError(f"teacher.use_dynamic_bsz={teacher.use_dynamic_bsz!r}: set it to True or False.")
     if not _is_whole(teacher.dump_freq):
         raise ValueError(
             f"teacher.dump_freq={teacher.dump_freq!r} is no number of steps: set it to -1 (never) or a whole number."
@@ -635,10 +693,8 @@ def _check_teacher_numbers(teacher: DictConfig) -> None:
         raise ValueError(
             f"teacher.dump_dir={teacher.dump_dir!r} with teacher.dump_freq={teacher.dump_freq}: set it to a folder."
         )
-    size = "max_token_len_per_gpu" if teacher.use_dynamic_bsz else "micro_batch_size_per_gpu"
-    for key in (size, "dump_size"):
-        if not _is_whole(teacher[key]) or teacher[key] < 1:
-            raise ValueError(f"teacher.{key}={teacher[key]!r}: set it to a whole number above 0.")
+    if not _is_whole(teacher.dump_size) or teacher.dump_size < 1:
+        raise ValueError(f"teacher.dump_size={teacher.dump_size!r}: set it to a whole number above 0.")
 
 
 def _is_whole(value: Any) -> bool:

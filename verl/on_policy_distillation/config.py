@@ -40,6 +40,7 @@ __all__ = [
     "SELF",
     "TEACHER_PAYLOADS",
     "TEACHER_VOCABS",
+    "TEACHER_WEIGHTS",
     "DistillationLossConfig",
     "DistillationPolicyLossConfig",
     "TeacherConfig",
@@ -47,6 +48,7 @@ __all__ = [
     "misspelt_loss_key",
     "misspelt_teacher_key",
     "teacher_groups",
+    "teacher_tokens",
 ]
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,12 @@ RL_TERM = "hybrid_rl_distillation_rl_term"  # what VERL's `ppo_loss` calls in hy
 
 TEACHER_PAYLOADS = ("hidden_states", "logits", "topk")
 TEACHER_VOCABS = ("same", "shared")
+TEACHER_WEIGHTS = ("offloaded", "resident")
+
+_ACTOR_TOKENS = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
+# A teacher's weights come from host memory in every forward, so few large forwards are faster than many small ones; and
+# without a backward a token takes a fraction of the actor's memory.
+_TEACHER_TOKENS_PER_ACTOR_TOKEN = 4
 
 SELF = "self"  # the path of a teacher that is the student
 
@@ -212,9 +220,12 @@ class TeacherConfig(BaseConfig):
             the student's head projects with the teacher's output projection, a chunk at a time) or "logits" (the plain
             reference: every logit, vocab_size / hidden_size times larger).
         payload_dtype (str): The dtype that the payload is kept in.
+        weights (str): Where the teacher's weights are between its forwards: "offloaded" (in host memory, and on the
+            device a layer at a time) or "resident" (each rank's shards on its device).
         use_dynamic_bsz (bool): Whether micro-batches are cut by tokens instead of by sequences.
         micro_batch_size_per_gpu (Optional[int]): Sequences per teacher forward, without dynamic batching.
-        max_token_len_per_gpu (int): Tokens per teacher forward, with dynamic batching.
+        max_token_len_per_gpu (Optional[int]): Tokens per teacher forward, with dynamic batching. None: four times the
+            actor's ``ppo_max_token_len_per_gpu``; see `teacher_tokens`.
         dump_freq (int): Every how many steps the KL of single tokens is written; -1 never.
         dump_dir (Optional[str]): The folder for it, on the machine of each worker.
         dump_size (int): Sequences per rank and dump.
@@ -233,9 +244,10 @@ class TeacherConfig(BaseConfig):
     payload: str = "hidden_states"
     payload_dtype: str = "bfloat16"
     topk: Optional[int] = None
-    use_dynamic_bsz: bool = False
+    weights: str = "offloaded"
+    use_dynamic_bsz: bool = True
     micro_batch_size_per_gpu: Optional[int] = None
-    max_token_len_per_gpu: int = 16384
+    max_token_len_per_gpu: Optional[int] = None
     dump_freq: int = -1
     dump_dir: Optional[str] = None
     dump_size: int = 16
@@ -252,6 +264,19 @@ def teacher_groups(teacher: DictConfig) -> dict[str, DictConfig]:
         group.models = {}
         groups[str(name)] = group
     return groups or {"teacher": teacher}
+
+
+def teacher_tokens(config: DictConfig) -> tuple[str, Any]:
+    """How many tokens a teacher's forward takes with dynamic batching, and the key that says so, as errors name it.
+
+    Args:
+        config: the trainer's configuration, with its ``actor_rollout_ref`` and ``teacher``.
+    """
+    key, tokens = "teacher.max_token_len_per_gpu", config.teacher.max_token_len_per_gpu
+    if tokens is None and (actor_tokens := OmegaConf.select(config, _ACTOR_TOKENS)) is not None:
+        factor = _TEACHER_TOKENS_PER_ACTOR_TOKEN
+        return f"{key} ({factor} * {_ACTOR_TOKENS}={actor_tokens})", factor * actor_tokens
+    return key, tokens
 
 
 def field_names(config_class: type) -> tuple[str, ...]:

@@ -103,6 +103,9 @@ def check_registry():
 def check_imports():
     for name in MODULES:
         importlib.import_module(name)
+    from verl.on_policy_distillation.checks import require_torch
+
+    require_torch()
     return f"{Path(__file__).resolve().parents[1]}, {'in VERL: patched' if is_patched() else 'beside VERL: no patch'}"
 
 

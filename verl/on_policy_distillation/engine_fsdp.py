@@ -20,6 +20,7 @@ inside the model's forward, so sharded weights have been gathered, and their gra
 import functools
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Optional
 
@@ -34,6 +35,7 @@ from verl.on_policy_distillation.signal import Signal
 from verl.on_policy_distillation.tokens import TokenPlan, plan_tokens
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
+from verl.utils.fsdp_utils import fsdp_version
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -49,6 +51,7 @@ __all__ = [
     "FSDPTeacherLogitsEngine",
     "end_at_output_layer",
     "output_layer_logits",
+    "reshard_root",
 ]
 
 TEACHER_ROW = "teacher_row"  # (batch,) in a batch that a teacher scores or has scored: row ids of `SignalStore`
@@ -230,11 +233,41 @@ def keep_rows(keep: Keep, rows: torch.Tensor, dtype: torch.dtype, micro_batch: T
     keep(micro_batch[TEACHER_ROW], rows.to(dtype).cpu().split(plan.counts.tolist()))
 
 
+def reshard_root(module: torch.nn.Module) -> None:
+    """Let go of the gathered weights that a forward leaves in the outermost FSDP unit (embeddings, last norm).
+
+    They stay there for the backward, which a teacher has not, and VERL's engine lets go of them only where
+    ``fsdp_size`` is above 1.
+    """
+    if fsdp_version(module) == 2:
+        module.reshard()
+    elif (handle := module._handle) is not None and handle.uses_sharded_strategy:
+        handle.reshard(True)  # as VERL does
+
+
 class _FSDPTeacherEngine(_EngineToOutputLayer):
     """Forward only. What it says of a micro-batch goes to `connect`'s store at once, and no output is left.
 
     VERL's engine keeps the output of every micro-batch on the device until the last, and then copies it twice.
     """
+
+    keeps_weights_on_device = False  # to be set before the model is built
+
+    def _build_fsdp_module(self, module):
+        if not self.keeps_weights_on_device:
+            return super()._build_fsdp_module(module)
+        # VERL offloads what is forward-only, and asks for nothing else of it here.
+        config = self.engine_config
+        self.engine_config = replace(config, forward_only=False)
+        try:
+            return super()._build_fsdp_module(module)
+        finally:
+            self.engine_config = config
+
+    def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False):
+        output = super().forward_backward_batch(data, loss_function, forward_only)
+        reshard_root(self.module)
+        return output
 
     def connect(self, keep: Keep, dtype: torch.dtype) -> None:
         """Set once. `keep` takes rows in `dtype`."""

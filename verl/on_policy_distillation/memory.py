@@ -24,7 +24,7 @@ from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl.on_policy_distillation.config import HYBRID, DistillationLossConfig
+from verl.on_policy_distillation.config import HYBRID, DistillationLossConfig, teacher_tokens
 from verl.on_policy_distillation.plan import GIB, Settings, advise, model_of, payload_bytes
 from verl.on_policy_distillation.roofline import INSTRUCTIONS, Accelerator, accelerator_named
 from verl.on_policy_distillation.routing import Routes
@@ -33,8 +33,6 @@ from verl.utils.torch_dtypes import PrecisionType
 __all__ = ["host_memory", "settings_of", "warn_of_memory"]
 
 logger = logging.getLogger(__name__)
-
-_DYNAMIC = 4  # times the actor's tokens, where the teacher's are not set
 
 
 def warn_of_memory(config: DictConfig, student: Any, teachers: Sequence[Any]) -> None:
@@ -155,10 +153,9 @@ def settings_of(config: DictConfig) -> Settings:
         if actor.use_dynamic_bsz
         else sequence * (actor.ppo_micro_batch_size_per_gpu or 1)
     )
+    of_teacher = sequence * (teacher.micro_batch_size_per_gpu or 1)
     if teacher.use_dynamic_bsz:
-        teacher_tokens = teacher.max_token_len_per_gpu or _DYNAMIC * micro
-    else:
-        teacher_tokens = sequence * (teacher.micro_batch_size_per_gpu or 1)
+        _, of_teacher = teacher_tokens(config)
     divergence = DistillationLossConfig.from_config(actor).divergence
     kind = "entropy_switch" if divergence.entropy_threshold is not None else divergence.distillation_type
     return Settings(
@@ -169,7 +166,7 @@ def settings_of(config: DictConfig) -> Settings:
         prompt=prompt,
         response=response,
         micro_tokens=micro,
-        teacher_tokens=teacher_tokens,
+        teacher_tokens=of_teacher,
         payload=teacher.payload,
         topk=teacher.topk or 0,
         payload_bytes=PrecisionType.to_dtype(teacher.payload_dtype).itemsize,

@@ -26,7 +26,6 @@ __all__ = [
     "OutputProjection",
     "StoredProjection",
     "StoredTensor",
-    "checkpoint_folder",
     "find_output_projection",
     "logit_transform",
     "require_readable",
@@ -41,8 +40,14 @@ _EMBEDDINGS = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
 )
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLES = ("model.safetensors", "pytorch_model.bin")
+# Where a checkpoint's weights are: an index of several files, or the only file. The first that there is counts: older
+# repositories hold their weights twice.
+_WEIGHTS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
 
 
 # What Hugging Face configurations do to the product of a head, by the name of the setting.
@@ -131,24 +136,13 @@ class StoredProjection:
         return OutputProjection(weight, bias, transform.scale, transform.softcap)
 
 
-def checkpoint_folder(path: str) -> str:
-    """`path` itself if it is a folder, else the local snapshot of the Hugging Face Hub repository of that name."""
-    if os.path.isdir(path):
-        return path
-    from huggingface_hub import snapshot_download
-
-    # Older repositories hold their weights twice; the .bin files are fetched only where there is nothing else.
-    folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
-    if any(name.endswith(".safetensors") for name in os.listdir(folder)):
-        return folder
-    return snapshot_download(path, allow_patterns=["*.json", "*.bin"])
-
-
 def find_output_projection(checkpoint: str, tied: bool, key: str = "teacher.model.path") -> StoredProjection:
-    """Locate the output projection in the Hugging Face checkpoint folder `checkpoint` (safetensors or .bin).
+    """Locate the output projection in the Hugging Face checkpoint `checkpoint` (safetensors or .bin).
+
+    Of a checkpoint on the Hub only the file that holds the projection is fetched, and the index that names it.
 
     Args:
-        checkpoint: folder of the checkpoint.
+        checkpoint: folder of the checkpoint, or the name of its repository on the Hugging Face Hub.
         tied: whether the model's configuration ties the projection to the input embedding.
         key: the setting that names the checkpoint.
 
@@ -156,6 +150,10 @@ def find_output_projection(checkpoint: str, tied: bool, key: str = "teacher.mode
         ValueError: when no tensor of the checkpoint is recognisably the output projection.
     """
     files = _tensor_files(checkpoint, key)
+
+    def stored(name: str) -> StoredTensor:
+        return StoredTensor(_fetched(checkpoint, files[name]), name)
+
     suffixes = _EMBEDDINGS if tied else _HEADS
     weight = _first(files, suffixes)
     if weight is None:
@@ -165,10 +163,10 @@ def find_output_projection(checkpoint: str, tied: bool, key: str = "teacher.mode
         )
     head = _first(files, _HEADS)
     if tied and head is not None:
-        _require_equal(f"{key}={checkpoint}", StoredTensor(files[weight], weight), StoredTensor(files[head], head))
+        _require_equal(f"{key}={checkpoint}", stored(weight), stored(head))
     bias = weight.removesuffix("weight") + "bias"
     has_bias = not tied and bias in files
-    return StoredProjection(StoredTensor(files[weight], weight), StoredTensor(files[bias], bias) if has_bias else None)
+    return StoredProjection(stored(weight), stored(bias) if has_bias else None)
 
 
 def _first(names: Iterable[str], suffixes: tuple[str, ...]) -> str | None:
@@ -192,39 +190,53 @@ def _ends_with(name: str, suffix: str) -> bool:
 
 
 def _tensor_files(checkpoint: str, key: str) -> dict[str, str]:
-    """Tensor name -> the file that holds it."""
-    if weight_map := _weight_map(checkpoint):
-        return weight_map
-    [file] = weight_files(key, checkpoint)
-    return dict.fromkeys(_tensor_names(file), file)
+    """Tensor name -> the name of the checkpoint's file that holds it."""
+    name, path = _weights(checkpoint, key)
+    return _weight_map(path) if name.endswith(".json") else dict.fromkeys(_tensor_names(path), name)
 
 
-def _weight_map(checkpoint: str) -> dict[str, str]:
-    """`_tensor_files` of a checkpoint with an index; empty without one."""
-    for name in _INDEXES:
-        path = os.path.join(checkpoint, name)
-        if os.path.exists(path):
-            with open(path) as file:
-                weight_map = json.load(file)["weight_map"]
-            return {tensor: os.path.join(checkpoint, shard) for tensor, shard in weight_map.items()}
-    return {}
+def _weight_map(index: str) -> dict[str, str]:
+    with open(index) as file:
+        return json.load(file)["weight_map"]
+
+
+def _weights(checkpoint: str, key: str) -> tuple[str, str]:
+    """The first of `_WEIGHTS` that the checkpoint has, and where it is here."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    reason = None
+    for name in _WEIGHTS:
+        try:
+            return name, _fetched(checkpoint, name)
+        except (FileNotFoundError, EntryNotFoundError) as error:
+            reason = error
+    raise ValueError(
+        f"{key}={checkpoint} holds none of {', '.join(_WEIGHTS)}: point it at a Hugging Face checkpoint folder."
+    ) from reason
+
+
+def _fetched(checkpoint: str, name: str) -> str:
+    """Where the checkpoint's file `name` is on this machine."""
+    if not os.path.isdir(checkpoint):
+        from huggingface_hub import hf_hub_download
+
+        return hf_hub_download(checkpoint, name)
+    path = os.path.join(checkpoint, name)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no {path}")
+    return path
 
 
 def weight_files(key: str, checkpoint: str) -> list[str]:
-    """The files with weights of the folder `checkpoint`, which the setting `key` names.
+    """The files with weights of the folder `checkpoint`, which the setting `key` names; they may be missing.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, and no index of any.
     """
-    if weight_map := _weight_map(checkpoint):
-        return sorted(set(weight_map.values()))
-    for name in _SINGLES:
-        if os.path.exists(path := os.path.join(checkpoint, name)):
-            return [path]
-    raise ValueError(
-        f"{key}={checkpoint} holds none of {', '.join(_INDEXES + _SINGLES)}: "
-        "point it at a Hugging Face checkpoint folder."
-    )
+    name, path = _weights(checkpoint, key)
+    if not name.endswith(".json"):
+        return [path]
+    return sorted({os.path.join(checkpoint, shard) for shard in _weight_map(path).values()})
 
 
 def require_readable(key: str, checkpoint: str) -> None:
