@@ -159,7 +159,21 @@ def test_a_head_whose_tile_does_not_fit_takes_fewer_rows():
     chosen = chunking_for(N, 1_000_000, 2048, 2048, 2, H100, memory=1 << 29)
     assert 1 <= chosen.rows < TILE
     assert buffer_bytes(1_000_000, chosen) <= 1 << 29
-    assert buffer_bytes(1_000_000, Chunking(chosen.rows + 1, chosen.rows + 1)) > 1 << 29
+    most = (1 << 29) // buffer_bytes(1_000_000, Chunking(1, 1))
+    for choice in (Chunking(most, most), Chunking(32, 128)):
+        sizes = N, 1_000_000, 2048, (2048,)
+        assert head_cost(*sizes, chosen, H100).seconds <= head_cost(*sizes, choice, H100).seconds
+    assert chunking_for(N, 10**9, 2048, 2048, 2, H100, memory=1 << 29) == Chunking(1, 1)  # more than there is
+
+
+def test_a_mixture_of_large_vocabularies_collects_gradients_of_small_chunks():
+    """Eight chunks of logits are alive at once, so that no tile fits; the weight's gradient still gets one."""
+    sizes = N, 262_144, 2048, 2048, 2, H100
+    chosen = chunking_for(*sizes, sides=8)
+    assert chosen.rows < TILE <= chosen.group
+    assert buffer_bytes(262_144, chosen, sides=8) <= HEAD_MEMORY
+    costs = {c: head_cost(N, 262_144, 2048, (2048, 2048), c, H100).seconds for c in (chosen, Chunking(180, 180))}
+    assert costs[chosen] < 0.9 * costs[Chunking(180, 180)]
 
 
 def test_an_accelerator_is_known_by_its_name():

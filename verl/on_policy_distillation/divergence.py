@@ -108,7 +108,8 @@ LOG_ZERO = -103.27893  # log(2**-149), the smallest positive float32
 
 # Elements of one chunk of logits, which bounds the extra memory whatever the number of tokens: one chunk of the
 # student's and one of the teacher's float32 logits are alive at once (2 x 128 MiB; 220 tokens of a vocabulary of
-# 152 k). Larger chunks make better matrix products, smaller ones need less memory.
+# 152 k). Larger chunks make better matrix products, smaller ones need less memory. The head of an accelerator has
+# larger ones, see `roofline.py`.
 CHUNK_ELEMENTS = 1 << 25
 
 # Elements of the blocks in which a processor with a cache walks through a chunk: the five tensors of a block (2 MiB

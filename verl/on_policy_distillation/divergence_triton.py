@@ -27,6 +27,9 @@ the results is `normalize`d and `finalize`d by torch in between.
 Bytes of a logit, both sides in float32 and a 16-bit gradient: 8 for each read and 2 for the gradient, 18 for the KLs
 and 26 for the mixtures. Loads of the next blocks are on their way while one is computed (`NUM_STAGES`).
 
+Rows whose number of entries is no multiple of 16 (shared vocabularies, 50,257) are read and written entry by entry, as
+the mask at their end says nothing of a whole vector: correct, and slower. Padded vocabularies are multiples.
+
 A student's x, and likewise y, of -inf is a probability of zero, with `LOG_ZERO` for its logarithm. All sums are kept
 per lane of the block and added up at the end of the row.
 """
@@ -57,7 +60,7 @@ __all__ = [
     "is_compiled",
     "mixture_sums",
     "policy_gradient_",
-    "policy_rows_",
+    "policy_rows",
     "statistics",
 ]
 
@@ -255,7 +258,7 @@ def _log1p(excess, over):
         log_over = tl.where(over == 1.0, excess, tl.log(over) * (excess / (over - 1.0)))  # Kahan, as in `_expm1`
     else:
         # over = 2^k (1 + m) with m in [-1/4, 1/2): k is the exponent of over / 0.75. The series is a minimax fit of
-        # log(1 + m) = m - m^2 / 2 + m^3 q(m), with an error below 5e-9 of it.
+        # log(1 + m) = m - m^2 / 2 + m^3 q(m), with an error below 1e-8 of it.
         exponent = (over.to(tl.int32, bitcast=True) - 0x3F400000) & -0x800000
         scale = (0x3F800000 - exponent).to(tl.float32, bitcast=True)
         m = tl.where(excess < -0.5, over * scale - 1.0, excess * scale + (scale - 1.0))
@@ -613,8 +616,13 @@ def _policy_kernel(
         of_log_prob = tl.load(upstream + row) * policy_rate
         of_entropy = tl.load(upstream + rows + row) * policy_rate
         of_divergence = tl.load(upstream + 2 * rows + row) * student_rate
-        # Whole blocks of both, then what the teacher does not have. A block is read before any of it is written.
-        for start in tl.range(0, policy_vocab, BLOCK, num_stages=STAGES):
+        blocks = tl.cdiv(policy_vocab, BLOCK)
+        # A block is read before any of it is written.
+        for index in tl.range(0, blocks, num_stages=STAGES):
+            if is_mixture:  # against the direction of the pass before, as in `_write_gradient`
+                start = index * BLOCK
+            else:
+                start = (blocks - 1 - index) * BLOCK
             entry = start + tl.arange(0, BLOCK)
             z = _load(student, start, policy_vocab, BLOCK)
             u = _load(teacher, start, vocab, BLOCK)
@@ -625,7 +633,10 @@ def _policy_kernel(
             )
             _store(gradient, start, policy_vocab, slope, BLOCK)
     else:
-        x = (_rounded(tl.load(student + label), POLICY) - p_high) * policy_rate
+        # An id that is no entry has no log-prob.
+        is_entry = (label >= 0) & (label < policy_vocab)
+        z = tl.load(student + label, mask=is_entry, other=float("nan"))
+        x = (_rounded(z, POLICY) - p_high) * policy_rate
         results += row
         tl.store(results, _known(x, _LOG_ZERO + log_mass, FAR) - log_mass)
         tl.store(results + rows, entropy)
@@ -916,7 +927,7 @@ def divergence_rows_(
     return results
 
 
-def policy_rows_(
+def policy_rows(
     student: torch.Tensor,
     teacher: torch.Tensor,
     spec: DivergenceSpec,
@@ -951,7 +962,7 @@ def policy_gradient_(
     Args:
         upstream: (3, rows).
         gradient: (rows, V_s), any float dtype, in which it is written; `student` itself will do.
-        Everything else as in `policy_rows_`.
+        Everything else as in `policy_rows`.
     """
     upstream = upstream.to(student.dtype).contiguous()
     _launch_policy(student, teacher, spec, temperatures, policy, upstream, upstream, gradient, is_gradient=True)
@@ -965,9 +976,9 @@ def _launch_policy(
         return
     rates = (*(1.0 / temperature for temperature in temperatures), 1.0 / policy.temperature)
     options = _options(student)
-    if student.dtype == torch.float32:
+    if student.dtype == torch.float32 and torch.version.hip is None:  # an option of NVIDIA's compiler
         # So that two programs share a multiprocessor. With the policy's sums one would else take 180 for each thread.
-        options["maxnreg"] = _REGISTERS // (2 * 32 * options["num_warps"])
+        options["maxnreg"] = min(255, _REGISTERS // (2 * 32 * options["num_warps"]))
     with _on_device(student):
         _policy_kernel[(rows,)](
             student,

@@ -22,7 +22,7 @@ Its logits are z = scale * a, or softcap * tanh(scale * a / softcap). A factor o
 and costs nothing there; dz/da of a soft cap is scale / cosh(scale * a / softcap)^2.
 
 Two functions share one loop over chunks of tokens. No tensor of (tokens, V) outlives its chunk, but for the gradients
-of a `Group` of chunks, which go into the products together: how many tokens at a time is `roofline.py`'s topic.
+of a group of chunks, which go into the products together: how many tokens at a time is `roofline.py`'s topic.
 
 `divergence_of_head` is for a loss sum_i w_i D_i whose weights are known beforehand. G is then known as soon as a
 chunk's logits are, so the forward makes the gradients too: three products with the student's weight, one with the
@@ -92,7 +92,8 @@ WEIGHT_TOLERANCE = 1e-4
 # Whether torch.addmm takes factors narrower than what it adds to. Before 2.10 it raises; mm does since 2.8.
 _HAS_WIDE_ADDMM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 
-_MIXTURE_SIDES = 8  # chunks of logits that are alive at once when teachers are mixed
+# Chunks of logits that are alive at once when teachers are mixed, and when entries are taken together (`buckets.py`).
+_MIXTURE_SIDES, _BUCKET_SIDES = 8, 6
 
 KL_TO = "kl_to/"  # how the names of `extra_columns` begin that are KL(S||T_k) of one of several teachers
 REST_MASSES = ("teacher_rest_mass", "student_rest_mass")
@@ -390,7 +391,7 @@ class _Target(NamedTuple):
         return results
 
     def fused(self, student: torch.Tensor) -> Optional[ModuleType]:
-        """Whose `policy_rows_` and `policy_gradient_` take the divergence and the policy at once; None if nobody's."""
+        """Whose `policy_rows` and `policy_gradient_` take the divergence and the policy at once; None if nobody's."""
         is_plain = self.shared is None and not isinstance(self.teacher, TopKTail)
         module = implementation(student, self.spec)
         return module if is_plain and module is not divergence_module else None
@@ -430,7 +431,10 @@ class _Sorting(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """A few tokens, and where both sides' logits and the gradient of them go. It is the next chunk's afterwards."""
+    """A few tokens, and where both sides' logits and the gradient of them go.
+
+    The logits' memory is the next chunk's afterwards; the gradient's, where it is another, the next group's.
+    """
 
     tokens: slice
     student: torch.Tensor
@@ -457,13 +461,18 @@ def _source(teacher: LogitSource) -> LogitSource:
     return teacher.source if isinstance(teacher, SharedLogits) else teacher
 
 
-def _chunking(head: LinearLogits, target: _Target) -> Chunking:
+def _chunking(head: LinearLogits, target: _Target, needs_gradients: bool) -> Chunking:
     """The fastest by an accelerator's roofline; on a processor even chunks of `CHUNK_ELEMENTS`."""
     tokens, vocab = head.shape
     if head.hidden.is_cuda:
         teacher, student_width = _source(target.teacher), head.hidden.shape[-1]
         teacher_width = teacher.hidden.shape[-1] if isinstance(teacher, LinearLogits) else student_width
-        sides = _MIXTURE_SIDES if isinstance(teacher, MixtureLogits) else 2
+        sides = 2
+        if isinstance(teacher, MixtureLogits):
+            sides = _MIXTURE_SIDES
+        elif isinstance(teacher, TopKTail) or target.shared is not None:
+            sides = _BUCKET_SIDES
+        sides += needs_gradients and head.softcap is not None
         accelerator = accelerator_of(head.hidden.device)
         return chunking_for(tokens, vocab, student_width, teacher_width, head.weight.itemsize, accelerator, sides)
     first = next(iter(chunks(tokens, vocab, divergence_module.CHUNK_ELEMENTS)), slice(0, 1))
@@ -473,7 +482,15 @@ def _chunking(head: LinearLogits, target: _Target) -> Chunking:
 def _token_groups(
     head: LinearLogits, target: _Target, chunking: Optional[Chunking], needs_gradients: bool
 ) -> Iterator[_Group]:
-    rows, group = chunking or _chunking(head, target)
+    """`chunking`: None for the one that suits the device.
+
+    Raises:
+        ValueError: a chunking without rows, or with groups of less than a chunk.
+    """
+    rows, group = chunking or _chunking(head, target, needs_gradients)
+    if not 1 <= rows <= group:
+        raise ValueError(f"chunking={Chunking(rows, group)}: pass rows of 1 or more, and a group of no fewer.")
+    # The gradient goes over the student's logits, which it fits.
     is_over = head.dtype == head.weight.dtype or not needs_gradients
     group = rows if is_over else group
     tokens = head.shape[0]
@@ -498,7 +515,7 @@ def _student_logits(head: LinearLogits, chunk: _Chunk) -> torch.Tensor:
 
 
 def _keep_gradient(head: LinearLogits, chunk: _Chunk, gradient: torch.Tensor) -> None:
-    """`gradient` (chunk, V), by the logits in their units, made one by the product, to where the chunk's goes."""
+    """Turns `gradient` (chunk, V), by the logits in their units, into one by the product, in `chunk.gradient`."""
     if chunk.before_cap is not None:
         head.uncap_(gradient, chunk.before_cap)
     if gradient.data_ptr() != chunk.gradient.data_ptr():
@@ -699,7 +716,7 @@ def _token_results(head: LinearLogits, target: _Target, chunk: _Chunk, policy: P
     student = _student_logits(head, chunk)
     teacher, kls = target.compare(head, chunk, student)
     if fused := target.fused(student):
-        results = fused.policy_rows_(student, teacher, target.spec, target.temperatures(head), policy)
+        results = fused.policy_rows(student, teacher, target.spec, target.temperatures(head), policy)
     else:
         results = _policy_rows_(head, target, student, teacher, policy)
     return torch.cat((results[:2], target.with_kls(chunk, results[2:], kls)))

@@ -25,13 +25,13 @@ step                  multiplications            bytes
 ====================  =========================  ==================================================
 logits of a side      r' V H                     b V H (weight) + b r H + 4 r V
 divergence            (instructions)             18 r V for the KLs, 26 r V for the mixtures
-gradient of hidden    r' V H                     b V H (weight) + b r V + 4 r H
+gradient of hidden    g' V H                     b V H (weight) + b g V + 4 g H
 gradient of weight    g V H                      8 V H (read and written) + b g V + b g H
 its ends, once        (none)                     4 V H (zeros) + 8 V H (scaled) + (4 + b) V H (rounded)
 ====================  =========================  ==================================================
 
-r' is r in whole tiles of `TILE` rows. The gradient of the weight is summed up in float32, which is read and written by
-each product: that takes 8 V H / bandwidth, and the product 2 g V H / flops, so below
+r' and g' are r and g in whole tiles of `TILE` rows. The gradient of the weight is summed up in float32, which is read
+and written by each product: that takes 8 V H / bandwidth, and the product 2 g V H / flops, so below
 
     g = 4 flops / bandwidth         tokens (about 920 on an H100, whatever V and H)
 
@@ -73,6 +73,7 @@ _READ = 8  # bytes of a logit that the kernel of `divergence_triton.py` moves in
 _READS = {"reverse_kl": 2, "forward_kl": 2, "entropy_switch": 2, "gkd": 3, "skew_reverse_kl": 3}
 # Instructions of a logit that it issues in its loops; a test counts them in the compiled kernel.
 INSTRUCTIONS = {"reverse_kl": 99, "forward_kl": 95, "entropy_switch": 105, "gkd": 260, "skew_reverse_kl": 233}
+POLICY_INSTRUCTIONS = 70  # more, in each launch that takes hybrid's log-prob and entropy along
 
 
 class Chunking(NamedTuple):
@@ -166,17 +167,17 @@ def head_cost(
         weight_bytes: of an entry of the weights: 2, or 4 for float32.
     """
     cost = _Costs(vocab, student_width, weight_bytes, accelerator)
-    rows, group = min(chunking.rows, tokens), min(chunking.group, tokens)
-    groups = _lengths(tokens, group)
-    lengths = [length for size in groups for length in _lengths(size, rows)]
+    rows, group = max(1, min(chunking.rows, tokens)), max(1, min(chunking.group, tokens))
+    groups = _pieces(tokens, group)
+    chunks = [(length, many * count) for size, many in groups for length, count in _pieces(size, rows)]
     projections = 2 if is_hybrid else 1
     parts = {
-        "student logits": projections * sum(cost.logits(r, student_width) for r in lengths),
-        "teacher logits": projections * sum(cost.logits(r, width) for r in lengths for width in teacher_widths),
-        "divergence": cost.kernel(tokens, kind, reads=_READS[kind], writes=1)
-        + (cost.kernel(tokens, kind, reads=_READS[kind] - 1, writes=0) if is_hybrid else 0.0),
-        "gradient of hidden": sum(cost.hidden_gradient(size) for size in groups),
-        "gradient of weight": sum(cost.weight_gradient(size) for size in groups),
+        "student logits": projections * sum(many * cost.logits(r, student_width) for r, many in chunks),
+        "teacher logits": projections
+        * sum(many * cost.logits(r, width) for r, many in chunks for width in teacher_widths),
+        "divergence": cost.divergence(tokens, kind, is_hybrid),
+        "gradient of hidden": sum(many * cost.hidden_gradient(size) for size, many in groups),
+        "gradient of weight": sum(many * cost.weight_gradient(size) for size, many in groups),
         "its ends": cost.weight_gradient_ends(),
     }
     products = projections * (student_width + sum(teacher_widths)) + 2 * student_width
@@ -186,7 +187,7 @@ def head_cost(
 
 def buffer_bytes(vocab: int, chunking: Chunking, weight_bytes: int = 2, sides: int = 2) -> int:
     """Of the logits of `sides`, and of the gradients; those of float32 weights go over the student's logits."""
-    return vocab * (4 * sides * chunking.rows + (2 * chunking.group if weight_bytes == 2 else 0))
+    return vocab * (max(4, weight_bytes) * sides * chunking.rows + (2 * chunking.group if weight_bytes == 2 else 0))
 
 
 @lru_cache(maxsize=4096)
@@ -202,21 +203,20 @@ def chunking_for(
 ) -> Chunking:
     """The fastest by `head_cost` whose buffers take no more than `memory` bytes; the smaller of two that are as fast.
 
+    Judged by the reverse KL to one teacher: more teachers, other divergences and hybrid mode add the same to all.
+
     Args:
         sides: chunks of logits that are alive at once: the student's and the teacher's; more for several teachers.
     """
     if tokens == 0:
         return Chunking(1, 1)
-    choices = []
-    for rows in range(TILE, 8 * TILE + 1, TILE):
-        # float32 weights have no gradients of their own dtype to collect
-        for group in range(rows, 4 * rows + 1, rows) if weight_bytes == 2 else (rows,):
-            choice = Chunking(rows, group)
-            if buffer_bytes(vocab, choice, weight_bytes, sides) <= memory:
-                choices.append(choice)
-    if not choices:  # a vocabulary so large that not even a tile fits
-        rows = max(1, memory // buffer_bytes(vocab, Chunking(1, 1), weight_bytes, sides))
-        return Chunking(rows, rows)
+    most = max(1, memory // buffer_bytes(vocab, Chunking(1, 1), weight_bytes, sides))  # rows that fit, ungrouped
+    choices = [
+        choice
+        for rows in {min(most, TILE), *range(32, TILE, 32), *range(TILE, 8 * TILE + 1, TILE)}
+        for choice in _groups_of(rows, weight_bytes)
+        if buffer_bytes(vocab, choice, weight_bytes, sides) <= memory or choice == Chunking(1, 1)
+    ]
 
     def cost(choice: Chunking) -> tuple[float, int]:
         found = head_cost(
@@ -225,6 +225,13 @@ def chunking_for(
         return found.seconds, found.extra_bytes
 
     return min(choices, key=cost)
+
+
+def _groups_of(rows: int, weight_bytes: int) -> list[Chunking]:
+    """Up to four chunks, or so many as make some tiles."""
+    if weight_bytes != 2:  # there are no gradients of the weight's own dtype to collect
+        return [Chunking(rows, rows)]
+    return [Chunking(rows, times * step) for step in sorted({rows, max(rows, TILE)}) for times in (1, 2, 3, 4)]
 
 
 @dataclass(frozen=True)
@@ -240,10 +247,18 @@ class _Costs:
         moved = self.weight_bytes * (self.vocab + rows) * width + 4 * rows * self.vocab
         return self._product(_in_tiles(rows), width, moved)
 
-    def kernel(self, tokens: int, kind: str, reads: int, writes: int) -> float:
+    def divergence(self, tokens: int, kind: str, is_hybrid: bool) -> float:
+        reads = _READS[kind]
+        if not is_hybrid:
+            return self.kernel(tokens, kind, reads, writes=1)
+        forward = self.kernel(tokens, kind, reads - 1, writes=0, of_policy=POLICY_INSTRUCTIONS)
+        return forward + self.kernel(tokens, kind, reads, writes=1, of_policy=POLICY_INSTRUCTIONS)
+
+    def kernel(self, tokens: int, kind: str, reads: int, writes: int, of_policy: int = 0) -> float:
         logits = tokens * self.vocab
         moved = (_READ * reads + self.weight_bytes * writes) * logits / self.accelerator.bandwidth
-        return max(moved, INSTRUCTIONS[kind] * reads / _READS[kind] * logits / self.accelerator.issue)
+        instructions = INSTRUCTIONS[kind] * reads / _READS[kind] + of_policy
+        return max(moved, instructions * logits / self.accelerator.issue)
 
     def hidden_gradient(self, rows: int) -> float:
         moved = self.weight_bytes * self.vocab * (self.student_width + rows) + 4 * rows * self.student_width
@@ -267,8 +282,10 @@ def _in_tiles(rows: int) -> int:
     return TILE * math.ceil(rows / TILE)
 
 
-def _lengths(tokens: int, step: int) -> list[int]:
-    return [min(step, tokens - start) for start in range(0, tokens, step)]
+def _pieces(tokens: int, step: int) -> list[tuple[int, int]]:
+    """(length, how many) of the pieces of `step` tokens, the last of which may be shorter."""
+    whole, rest = divmod(tokens, step)
+    return [(length, count) for length, count in ((step, whole), (rest, 1)) if length and count]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
