@@ -560,7 +560,7 @@ def test_a_label_of_no_probability(run):
 
 
 def call_head(function, heads, keywords, is_compiled: bool, device: str):
-    """What `function` returns for the heads, and their gradients, by the kernels or by torch; and the kernels called."""
+    """What `function` returns for the heads, and their gradients, by the kernels or by torch; and the calls."""
     from verl.on_policy_distillation import divergence_triton
 
     student_hidden, student_weight, teacher_hidden, teacher_weight = (tensor.to(device) for tensor in heads)
