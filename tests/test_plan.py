@@ -16,6 +16,7 @@
 import json
 import logging
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -310,6 +311,17 @@ def test_the_command_prints_what_fits_and_what_does_not(folder, capsys):
     assert main(command(folder, "--gpu-memory", "4")) == 1
     text = capsys.readouterr().out
     assert "DOES NOT FIT" in text and f"does not fit: set {KEYS['rollout_share']}=" in text
+
+
+@pytest.mark.parametrize("document", ["README.md", "ON_POLICY_DISTILLATION.md"])
+def test_commands_of_the_documents_run(folder, document):
+    """With a model that is here in place of theirs, and a device that holds it."""
+    text = (Path(__file__).resolve().parents[1] / document).read_text().replace("\\\n", " ")
+    [line] = [line for line in text.splitlines() if "-m verl.on_policy_distillation.plan" in line]
+    arguments = shlex.split(line)[3:]
+    for option in ("--student", "--teacher"):
+        arguments[arguments.index(option) + 1] = str(folder)
+    assert main(arguments) == 0
 
 
 @pytest.mark.parametrize(
