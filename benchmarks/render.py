@@ -262,9 +262,170 @@ def teachers() -> str | None:
     return "\n\n".join((condition, steps(medians, titles, header, fields)))
 
 
+# The goals: at most so many times the four bare products, so many times as fast as a peer, GiB beside the inputs.
+FLOOR_GOALS = {"reverse_kl": 1.3, "forward_kl": 1.3, "gkd": 1.5}
+SPEED_GOAL, MEMORY_GOAL = 1.5, 1.5
+
+
+def gpu(folder: Path = FOLDER / "results" / "gpu") -> str:
+    """Of the JSONs of benchmarks/gpu; without them, what a roofline predicts."""
+    found = {name: json.loads(path.read_text()) for name in GPU_PARTS if (path := folder / f"{name}.json").exists()}
+    if not found:
+        return f"Not measured: no CUDA device was at hand.\n\n{predictions()}"
+    parts = [gpu_steps(found)]
+    measured = {name: step for name, step in found.items() if step["rows"] or "trainer_update" in step}
+    parts += [render(measured[name]) for name, render in GPU_PARTS.items() if name in measured]
+    return "\n\n".join(part.strip() for part in parts if part)
+
+
+def predictions() -> str:
+    from verl.on_policy_distillation import roofline
+
+    tokens, vocab, teacher_width = 8192, 151936, 5120
+    accelerator = roofline.ACCELERATORS["H100"]
+    rows = []
+    for width in (2048, 4096):
+        chunking = roofline.chunking_for(tokens, vocab, width, teacher_width, 2, accelerator)
+        for name, kind in (("reverse_kl", "reverse_kl"), ("gkd", "gkd"), ("reverse_kl, hybrid", "reverse_kl")):
+            cost = roofline.head_cost(
+                *(tokens, vocab, width, (teacher_width,), chunking, accelerator),
+                kind=kind,
+                is_hybrid="hybrid" in name,
+            )
+            cells = [f"{1e3 * cost.seconds:.0f}", f"× {cost.seconds / cost.floor_seconds:.2f}"]
+            cells += [f"{cost.extra_bytes / 2**30:.2f}", f"{chunking.rows:,} / {chunking.group:,}"]
+            rows.append([f"H_s = {width:,}, {name}", *(f"{cell} (predicted)" for cell in cells[:3]), cells[3]])
+    header = ["size, type", "forward and backward, ms", "× its bare products", "buffers, GiB", "rows / group"]
+    what = (
+        f"Predictions, not measurements: `verl.on_policy_distillation.roofline` for an {accelerator.name}, n = "
+        f"{tokens:,}, V = {vocab:,}, H_t = {teacher_width:,}, 16-bit weights. The hybrid loss projects twice, and so "
+        "do the products that it is compared with."
+    )
+    return f"{what}\n\n{table(header, rows)}"
+
+
+def gpu_steps(found: dict[str, dict]) -> str:
+    """The machine, and how each step ended."""
+    m = next(iter(found.values()))["machine"]
+    what = f"`benchmarks/gpu/run.sh`, {m['date']}. {m['device']}, driver {m['driver']}, torch {m['torch']}, Triton "
+    what += f"{m['triton']}, Python {m['python']}."
+    if any(step["is_dry_run"] for step in found.values()):
+        what += " **A dry run on a processor: none of its numbers means anything.**"
+    rows = [[name, step["status"], number(step["seconds"])] for name, step in found.items()]
+    said = [
+        f"- {name}: {step.get('skipped') or ' | '.join(step['last_lines'][-1:])}"
+        for name, step in found.items()
+        if step["status"] != "ok"
+    ]
+    return "\n\n".join([what, table(["step", "status", "s"], rows), "\n".join(said)])
+
+
+def gpu_products(step: dict) -> str:
+    rows = [[row["product"], f"{row['error']:.1e}", number(row["teraflops"])] for row in step["rows"]]
+    return "Products:\n\n" + table(["product", "error, of the largest entry", "TFLOP/s"], rows)
+
+
+def gpu_kernel(step: dict) -> str:
+    wrong = [row for row in step["rows"] if not row["is_right"]]
+    names = [row.get("check") or f"{row['kind']} at V = {row['vocab']:,}" for row in wrong]
+    return f"Kernel: {len(step['rows']) - len(wrong)} of {len(step['rows'])} checks right." + (
+        f" Wrong: {'; '.join(names)}." if wrong else ""
+    )
+
+
+def gpu_bandwidth(step: dict) -> str:
+    """By divergence and rows: as the kernel launches itself, which comes first, and the best of the sweep."""
+    timed: dict[tuple, list[dict]] = {}
+    for row in step["rows"]:
+        if "error" not in row:
+            timed.setdefault((row["kind"], row["rows"]), []).append(row)
+    rows = []
+    for (kind, count), launches in sorted(timed.items()):
+        best = max(launches, key=lambda row: row["gigabytes_per_s"])
+        shape = f"{best['block']:,} / {best['warps']} / {best['stages']}"
+        speeds = [number(row["gigabytes_per_s"]) for row in (launches[0], best)]
+        rows.append([f"{kind}, {count:,} rows", *speeds, shape])
+    header = ["divergence", "its own launch, GB/s", "best, GB/s", "of block / warps / stages"]
+    return f"Bandwidth of the kernel, V = {step['vocab']:,}:\n\n{table(header, rows)}"
+
+
+def gpu_head(step: dict) -> str:
+    parts = []
+    sweep: dict[tuple, list[dict]] = {}
+    for row in step["rows"]:
+        if "linear_divergence" in row:
+            results = Results(row["linear_divergence"])
+            parts += [results.conditions(), "Goals:", goals(results), "Time, forward plus backward:", results.times()]
+            parts += ["Peak memory beyond inputs and gradients:", results.memory(), results.notes()]
+        elif "error" not in row:
+            sweep.setdefault((row["student_width"], row["implementation"], row["kind"]), []).append(row)
+    if sweep:
+        parts += ["Chunkings, rows / group; the head's own is what it chooses:", chunkings(sweep)]
+    return "\n\n".join(parts)
+
+
+def goals(results: Results) -> str:
+    n = results.tokens[-1]
+
+    def ratio(kind: str, name: str, base: str) -> float | None:
+        above, below = (results.median(n, kind, each, "seconds") for each in (name, base))
+        return above / below if above and below else None
+
+    rows = []
+    for kind, goal in FLOOR_GOALS.items():
+        rows.append(goal_row(f"{kind} in at most × {goal} the bare products", ratio(kind, "ours", "floor"), goal, -1))
+    for peer in (name for name in ("trl", "liger") if name in results.names):
+        found = [value for kind in results.kinds if (value := ratio(kind, peer, "ours"))]
+        slowest = min(found, default=None)
+        rows.append(goal_row(f"at least × {SPEED_GOAL} as fast as {results.title(peer)}", slowest, SPEED_GOAL, 1))
+    extra = [value for kind in results.kinds if (value := results.median(n, kind, "ours", "extra_bytes")) is not None]
+    most = max(extra) / 2**30 if extra else None
+    rows.append(goal_row(f"at most {MEMORY_GOAL} GiB beside inputs and gradients", most, MEMORY_GOAL, -1))
+    return table(["goal", "measured", ""], rows)
+
+
+def goal_row(goal: str, measured: float | None, bound: float, sign: int) -> list[str]:
+    """`sign`: 1 if more is better, else -1."""
+    if measured is None:
+        return [goal, "—", "not measured"]
+    return [goal, f"{measured:.2f}", "reached" if sign * measured >= sign * bound else "missed"]
+
+
+def chunkings(sweep: dict[tuple, list[dict]]) -> str:
+    rows = []
+    for (width, implementation, kind), measured in sweep.items():
+        best = min(measured, key=lambda row: row["seconds"])
+        own = next((row for row in measured if row["chunking"] is None), None)
+        cells = [
+            f"{1e3 * row['seconds']:.1f} ({row['extra_bytes'] / 2**30:.2f})" if row else "—" for row in (own, best)
+        ]
+        shape = " / ".join(f"{size:,}" for size in best["chunking"]) if best["chunking"] else "its own"
+        rows.append([f"H_s = {width:,}, {NAMES[implementation]}, {kind}", *cells, shape])
+    return table(["size, type", "its own, ms (extra GiB)", "best, ms (extra GiB)", "the best"], rows)
+
+
+def gpu_update(step: dict) -> str:
+    facts = step["trainer_update"]
+    titles = {"pure": "pure distillation", "verl_topk": "VERL's own top-64 distillation", "grpo": "GRPO"}
+    header = ["step", "before the update, s", "update, s", "step, s", "extra memory of the update, MB"]
+    fields = ("prepare_s", "update_s", "step_s", "update_extra_mb")
+    what = f"Update of {facts['sizes']['tokens']:,} tokens, V = {facts['sizes']['vocab']:,}, medians of "
+    return f"{what}{facts['repeats']}:\n\n{steps(facts['medians'], titles, header, fields)}"
+
+
+GPU_PARTS = {
+    "products": gpu_products,
+    "kernel": gpu_kernel,
+    "bandwidth": gpu_bandwidth,
+    "head": gpu_head,
+    "update": gpu_update,
+}
+
+
 SECTIONS = {
     "linear_divergence_cpu": ("Two linear heads, on a processor", lambda: linear_divergence("cpu")),
     "linear_divergence_cuda": ("Two linear heads, on CUDA", lambda: linear_divergence("cuda")),
+    "gpu": ("On one GPU", gpu),
     "trainer_update_cpu": ("One step of the trainer without its rollout, on a processor", trainer_update),
     "payloads_cpu": ("What is kept of a teacher, and what it leaves out", payloads),
     "teachers_cpu": ("Several teachers, and the student as its own", teachers),

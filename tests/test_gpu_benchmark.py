@@ -25,8 +25,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-sys.path.append(str(ROOT / "benchmarks" / "gpu"))
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
+import render  # noqa: E402
 import steps  # noqa: E402
 
 
@@ -40,6 +41,12 @@ def dry_run(tmp_path_factory):
         text=True,
     )
     return done, {path.stem: json.loads(path.read_text()) for path in out.iterdir()}
+
+
+def written(folder, found):
+    for name, step in found.items():
+        (folder / f"{name}.json").write_text(json.dumps(step))
+    return folder
 
 
 def test_every_step_runs_at_small_sizes(dry_run):
@@ -65,6 +72,37 @@ def test_the_rows_say_what_was_measured(dry_run):
     assert {row["implementation"] for row in head["linear_divergence"]["rows"]} == {"floor", "ours"}
     assert len(sweep) == 2 * 2 * 3 and all(row["seconds"] > 0 for row in sweep)
     assert set(found["update"]["trainer_update"]["medians"]) == {"pure", "verl_topk", "grpo"}
+
+
+def test_the_jsons_become_tables(dry_run, tmp_path):
+    _, found = dry_run
+    text = render.gpu(written(tmp_path, found))
+    assert set(render.GPU_PARTS) == set(found)  # no step is left out
+    assert "A dry run" in text and "Not measured" not in text and "predicted" not in text
+    floor, ours = (
+        next(row["seconds"][0] for row in found["head"]["rows"][0]["linear_divergence"]["rows"] if row["kind"] == kind)
+        for kind in ("all", "gkd")
+    )
+    verdict = "reached" if ours / floor <= 1.5 else "missed"
+    assert f"| gkd in at most × 1.5 the bare products | {ours / floor:.2f} | {verdict} |" in text
+    for row in found["bandwidth"]["rows"]:
+        assert f"| {row['kind']}, {row['rows']} rows |" in text
+    for title in ("pure distillation", "VERL's own top-64 distillation", "GRPO"):
+        assert f"| {title} |" in text
+
+
+def test_a_step_that_failed_is_shown_with_its_last_line(dry_run, tmp_path):
+    _, found = dry_run
+    broken = {"rows": [], "status": "failed", "last_lines": ["so far", "ValueError: why it failed"]}
+    text = render.gpu(written(tmp_path, {"bandwidth": found["bandwidth"] | broken}))
+    assert "| bandwidth | failed |" in text and "- bandwidth: ValueError: why it failed" in text
+
+
+def test_without_jsons_there_are_predictions_that_say_so(tmp_path):
+    text = render.gpu(tmp_path)
+    assert text.startswith("Not measured: no CUDA device was at hand.")
+    rows = [line for line in text.splitlines() if line.startswith("| H_s")]
+    assert len(rows) == 6 and all(row.count("(predicted)") == 3 for row in rows)
 
 
 def script(folder: Path, name: str, body: str) -> Path:
