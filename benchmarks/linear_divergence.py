@@ -363,15 +363,18 @@ class CudaMeter:
         self.peak = torch.cuda.max_memory_allocated() - self.before
 
 
+def meter(device: str) -> ProcessMeter | CudaMeter:
+    return CudaMeter() if device == "cuda" else ProcessMeter()
+
+
 def measure(call: Call, x: Inputs, kind: str) -> dict:
     gc.collect()
-    meter = CudaMeter() if x.student_hidden.is_cuda else ProcessMeter()
-    with meter:
+    with meter(x.student_hidden.device.type) as measured:
         loss = call(kind)
     # The floor keeps no gradient, but it makes the weight's.
     gradients = x.gradients()
     size = sum(g.numel() * g.element_size() for g in gradients) if gradients else x.student_weight.nbytes
-    result = {"seconds": meter.seconds, "extra_bytes": meter.peak - size}
+    result = {"seconds": measured.seconds, "extra_bytes": measured.peak - size}
     if loss is not None:
         result |= {"loss": loss.item(), "gradient_norms": [g.float().norm().item() for g in gradients]}
     x.drop_gradients()

@@ -21,15 +21,12 @@ measured anew before each call, so that a busy machine slows the prediction down
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from linear_divergence import TYPES, Inputs, Sizes, ours
+from linear_divergence import TYPES, Inputs, Sizes, machine, ours
 
 from verl.on_policy_distillation import divergence, roofline
 from verl.on_policy_distillation.roofline import Accelerator, Chunking, head_cost
@@ -102,15 +99,8 @@ def main() -> None:
             print(f"| {n:,} | {kind} | {medians[0]:.2f} | {medians[1]:.2f} | {ratio:.2f} |")
             rows.append({"n": n, "kind": kind, "ratio": ratio, **result})
     if options.out is not None:
-        machine = {
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load": os.getloadavg()[0],
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "date": datetime.now(timezone.utc).date().isoformat(),
-        }
-        options.out.write_text(json.dumps({"machine": machine, "sizes": vars(sizes), "rows": rows}, indent=1) + "\n")
+        facts = machine("cpu", torch.get_num_threads())
+        options.out.write_text(json.dumps({"machine": facts, "sizes": vars(sizes), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from linear_divergence import TOP_K, CudaMeter, LineProcess, ProcessMeter, machine, resident
+from linear_divergence import TOP_K, LineProcess, machine, meter, resident
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("pure", "grpo")
@@ -233,10 +233,9 @@ class Step:
 
 
 def measure_once(step: Step, device: str) -> dict[str, float]:
-    meter = CudaMeter if device == "cuda" else ProcessMeter
-    with meter() as preparing:
+    with meter(device) as preparing:
         prepared = step.prepare()
-    with meter() as updating:
+    with meter(device) as updating:
         step.update(prepared)
     return {
         "prepare_s": preparing.seconds,

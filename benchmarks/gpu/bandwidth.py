@@ -29,13 +29,14 @@ import torch
 
 from verl.on_policy_distillation import divergence_triton
 from verl.on_policy_distillation.divergence import DivergenceSpec, Temperatures
+from verl.on_policy_distillation.roofline import READ_BYTES, READS
 
-READS = {"reverse_kl": 2, "forward_kl": 2, "gkd": 3, "skew_reverse_kl": 3}
+KINDS = ("reverse_kl", "forward_kl", "gkd", "skew_reverse_kl")
 BETA = 0.5
 
 
-def bytes_of(kind: str, rows: int, vocab: int) -> int:
-    return (8 * READS[kind] + 2) * rows * vocab
+def bytes_of(kind: str, gradient: torch.Tensor) -> int:
+    return (READ_BYTES * READS[kind] + gradient.itemsize) * gradient.numel()
 
 
 def launches(step: record.Record) -> list[tuple[str, int, int, int]]:
@@ -45,7 +46,7 @@ def launches(step: record.Record) -> list[tuple[str, int, int, int]]:
     own = (block, warps, divergence_triton.NUM_STAGES)
     shapes = step.choose([(1024, 4), (2048, 8), (4096, 8), (4096, 16)], [(256, 1)])
     others = [(*shape, stages) for shape in shapes for stages in step.choose((1, 2, 3, 4), (1,))]
-    return [(kind, *choice) for choice in [own, *(o for o in others if o != own)] for kind in READS]
+    return [(kind, *choice) for choice in [own, *(o for o in others if o != own)] for kind in KINDS]
 
 
 def seconds_of(kind: str, logits: list[torch.Tensor], gradient: torch.Tensor, repeats: int) -> float:
@@ -76,7 +77,7 @@ def main() -> None:
             except Exception as error:  # too many registers or too much shared memory: this shape alone
                 step.add(**row, error=f"{type(error).__name__}: {str(error)[:200]}")
                 continue
-            step.add(**row, seconds=seconds, gigabytes_per_s=bytes_of(kind, rows, vocab) / seconds / 1e9)
+            step.add(**row, seconds=seconds, gigabytes_per_s=bytes_of(kind, gradient[:rows]) / seconds / 1e9)
 
 
 if __name__ == "__main__":

@@ -77,11 +77,10 @@ def of_arguments(description: str) -> Record:
 
 def seconds_of(call: Callable[[], object], device: str, repeats: int) -> float:
     """The median of `repeats` calls after one that is not counted."""
-    meter = linear_divergence.CudaMeter if device == "cuda" else linear_divergence.ProcessMeter
     call()
     seconds = []
     for _ in range(repeats):
-        with meter() as measured:
+        with linear_divergence.meter(device) as measured:
             call()
         seconds.append(measured.seconds)
     return statistics.median(seconds)

@@ -25,7 +25,7 @@ from typing import Any, Optional
 from omegaconf import DictConfig, OmegaConf
 
 from verl.on_policy_distillation.config import HYBRID, DistillationLossConfig, teacher_tokens
-from verl.on_policy_distillation.plan import GIB, Settings, advise, model_of, payload_bytes
+from verl.on_policy_distillation.plan import GIB, Settings, advise, largest, model_of, payload_bytes
 from verl.on_policy_distillation.roofline import INSTRUCTIONS, Accelerator, accelerator_named
 from verl.on_policy_distillation.routing import Routes
 from verl.utils.torch_dtypes import PrecisionType
@@ -97,7 +97,7 @@ def _token_bytes(config: DictConfig, teachers: Sequence[Any]) -> int:
     payload = "hidden_states" if config.teacher.payload == "topk" else config.teacher.payload
     texts = [teacher.get_text_config() for teacher in teachers]
     sizes = [payload_bytes(payload, text.hidden_size, text.vocab_size, 0, number) for text in texts]
-    return sum(sorted(sizes, reverse=True)[: Routes.of(config.teacher).width])
+    return sum(largest(sizes, Routes.of(config.teacher).width))
 
 
 def _is_ray_here(config: DictConfig) -> bool:

@@ -36,7 +36,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Optional
@@ -50,6 +50,7 @@ from verl.on_policy_distillation.roofline import (
     buffer_bytes,
     chunking_for,
     head_cost,
+    positive,
 )
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "Settings",
     "advise",
     "payload_bytes",
+    "largest",
     "plan",
     "read_model",
 ]
@@ -283,6 +285,11 @@ def payload_bytes(payload: str, width: int, vocab: int, topk: int, number_bytes:
     ]
 
 
+def largest(sizes: Iterable[int], count: int) -> list[int]:
+    """The `count` largest, in order: of all teachers, those that score a sample, at worst."""
+    return sorted(sizes, reverse=True)[:count]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # memory
 
@@ -390,9 +397,9 @@ def _scoring(student: Model, teachers: Sequence[Model], s: Settings, accelerator
             parts["logits of a micro-batch"] = 4 * tokens * teacher.vocab
         return {f"{teacher.name}: {name}": size for name, size in parts.items()}
 
-    largest = max((working(teacher) for teacher in teachers), key=lambda parts: sum(parts.values()), default={})
+    most = max((working(teacher) for teacher in teachers), key=lambda parts: sum(parts.values()), default={})
     always = _student_shard(student, s, is_updated=False) | _resident(teachers, s)
-    return Phase("device", "scoring", {**always, **largest, "contexts (assumed)": CONTEXT}, USABLE * accelerator.memory)
+    return Phase("device", "scoring", {**always, **most, "contexts (assumed)": CONTEXT}, USABLE * accelerator.memory)
 
 
 def _update(student: Model, teachers: Sequence[Model], s: Settings, accelerator: Accelerator) -> list[Phase]:
@@ -404,16 +411,15 @@ def _update(student: Model, teachers: Sequence[Model], s: Settings, accelerator:
         f"saved activations of {KEYS['micro_tokens']}={tokens:,}": 2 * tokens * student.width * student.layers,
         "contexts (assumed)": CONTEXT,
     }
-    said = sorted((_said_bytes(teacher, s) for teacher in teachers), reverse=True)[: s.teachers_per_token]
     head = {
         "output projection, 16-bit": 2 * student.head,
         "hidden states and their gradients": 6 * tokens * student.width,
-        "what the teachers said": tokens * sum(said),
+        "what the teachers said": tokens * _said_bytes(teachers, s, s.payload),
         "head: buffers": buffer_bytes(student.vocab, _chunking(student, teachers, s, accelerator)),
     }
     if s.payload == "hidden_states":
-        widest = sorted((teacher.head for teacher in teachers), reverse=True)[: s.teachers_per_token]
-        head["teachers' output projections"] = 2 * sum(widest)
+        projections = largest((teacher.head for teacher in teachers), s.teachers_per_token)
+        head["teachers' output projections"] = 2 * sum(projections)
     if not s.lora_rank:
         head["head: float32 gradient of its weight"] = 4 * student.head
     layer = {
@@ -431,8 +437,10 @@ def _update(student: Model, teachers: Sequence[Model], s: Settings, accelerator:
     ]
 
 
-def _said_bytes(teacher: Model, s: Settings) -> int:
-    return payload_bytes(s.payload, teacher.width, teacher.vocab, s.topk, s.payload_bytes)
+def _said_bytes(teachers: Sequence[Model], s: Settings, payload: str) -> int:
+    """Of a token, by all teachers that score it."""
+    sizes = (payload_bytes(payload, t.width, t.vocab, s.topk, s.payload_bytes) for t in teachers)
+    return sum(largest(sizes, s.teachers_per_token))
 
 
 def _chunking(student: Model, teachers: Sequence[Model], s: Settings, accelerator: Accelerator):
@@ -455,19 +463,20 @@ def _host(student: Model, teachers: Sequence[Model], s: Settings) -> list[Phase]
         always["student: offloaded optimizer"] = 8 * _trained(student, s) * local / s.shards
     tokens = s.sequences * s.response / s.nodes
 
-    def kept(payload: str) -> float:
-        sizes = (payload_bytes(payload, t.width, t.vocab, s.topk, s.payload_bytes) for t in teachers)
-        return tokens * sum(sorted(sizes, reverse=True)[: s.teachers_per_token])
-
     said = f"{KEYS['payload']}={s.payload} of {s.sequences // s.nodes:,} responses of {s.response:,} tokens"
     if s.payload == "topk":
         one = tokens * payload_bytes("topk", 0, 0, s.topk)
-        scoring = {said: one, "hidden states, until their top-k is taken": kept("hidden_states")}
+        until_then = tokens * _said_bytes(teachers, s, "hidden_states")
+        scoring = {said: one, "hidden states, until their top-k is taken": until_then}
         return [
             Phase("host", "scoring", always | scoring, s.host_memory),
             Phase("host", "update", always | {said: one}, s.host_memory),
         ]
-    return [Phase("host", "scoring and update", always | {said: kept(s.payload)}, s.host_memory)]
+    return [
+        Phase(
+            "host", "scoring and update", always | {said: tokens * _said_bytes(teachers, s, s.payload)}, s.host_memory
+        )
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -495,7 +504,7 @@ def _seconds(student: Model, teachers: Sequence[Model], s: Settings, accelerator
     per_batch = max(1, s.micro_tokens // length)
     batches = math.ceil(sequences / per_batch)
     supervised = min(per_batch, math.ceil(sequences)) * s.response
-    widths = sorted((teacher.width for teacher in teachers), reverse=True)[: s.teachers_per_token]
+    widths = largest((teacher.width for teacher in teachers), s.teachers_per_token)
     widths = widths if s.payload == "hidden_states" else []
     chunking = _chunking(student, teachers, s, accelerator)
     cost = head_cost(
@@ -631,7 +640,7 @@ def describe(found: Plan, advice: Sequence[Advice], s: Settings, accelerator: Ac
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    whole = partial(parser.add_argument, type=_positive)
+    whole = partial(parser.add_argument, type=positive)
     parser.add_argument("--student", required=True, help="checkpoint folder or config.json")
     parser.add_argument("--teacher", action="append", required=True, help="the same; again for each teacher")
     whole("--gpus", required=True, help=KEYS["devices"])
@@ -658,12 +667,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=["pure", "hybrid"], default="pure")
     parser.add_argument("--kind", choices=list(INSTRUCTIONS), default="reverse_kl", help="the divergence")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: pass a whole number above 0")
-    return int(text)
 
 
 def _settings(options: argparse.Namespace) -> Settings:

@@ -54,10 +54,17 @@ __all__ = [
     "Accelerator",
     "Chunking",
     "HeadCost",
+    "INSTRUCTIONS",
+    "POLICY_INSTRUCTIONS",
+    "READS",
+    "READ_BYTES",
+    "TILE",
     "accelerator_named",
     "accelerator_of",
+    "buffer_bytes",
     "chunking_for",
     "head_cost",
+    "positive",
 ]
 
 # The shares of a data sheet's numbers that a long kernel keeps up.
@@ -69,8 +76,9 @@ TILE = 256  # rows of a product that are computed together
 
 HEAD_MEMORY = 3 << 29  # bytes that the buffers of a head may take: 1.5 GiB
 
-_READ = 8  # bytes of a logit that the kernel of `divergence_triton.py` moves in each read of both sides
-_READS = {"reverse_kl": 2, "forward_kl": 2, "entropy_switch": 2, "gkd": 3, "skew_reverse_kl": 3}
+# Of a logit, by the kernel of `divergence_triton.py`: bytes in each read of both sides, and how many reads.
+READ_BYTES = 8
+READS = {"reverse_kl": 2, "forward_kl": 2, "entropy_switch": 2, "gkd": 3, "skew_reverse_kl": 3}
 # Instructions of a logit that it issues in its loops; a test counts them in the compiled kernel.
 INSTRUCTIONS = {"reverse_kl": 99, "forward_kl": 95, "entropy_switch": 105, "gkd": 260, "skew_reverse_kl": 233}
 POLICY_INSTRUCTIONS = 70  # more, in each launch that takes hybrid's log-prob and entropy along
@@ -248,7 +256,7 @@ class _Costs:
         return self._product(_in_tiles(rows), width, moved)
 
     def divergence(self, tokens: int, kind: str, is_hybrid: bool) -> float:
-        reads = _READS[kind]
+        reads = READS[kind]
         if not is_hybrid:
             return self.kernel(tokens, kind, reads, writes=1)
         forward = self.kernel(tokens, kind, reads - 1, writes=0, of_policy=POLICY_INSTRUCTIONS)
@@ -256,8 +264,8 @@ class _Costs:
 
     def kernel(self, tokens: int, kind: str, reads: int, writes: int, of_policy: int = 0) -> float:
         logits = tokens * self.vocab
-        moved = (_READ * reads + self.weight_bytes * writes) * logits / self.accelerator.bandwidth
-        instructions = INSTRUCTIONS[kind] * reads / _READS[kind] + of_policy
+        moved = (READ_BYTES * reads + self.weight_bytes * writes) * logits / self.accelerator.bandwidth
+        instructions = INSTRUCTIONS[kind] * reads / READS[kind] + of_policy
         return max(moved, instructions * logits / self.accelerator.issue)
 
     def hidden_gradient(self, rows: int) -> float:
@@ -318,17 +326,18 @@ def _table(arguments: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
+def positive(text: str) -> int:
+    """The type of a command's argument: a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: pass a whole number above 0")
-    return value
+    return int(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("vocab", "student-width", "teacher-width"):
-        parser.add_argument(f"--{name}", type=_positive, required=True)
-    parser.add_argument("--tokens", type=_positive, default=8192, help="response tokens of a micro-batch")
+        parser.add_argument(f"--{name}", type=positive, required=True)
+    parser.add_argument("--tokens", type=positive, default=8192, help="response tokens of a micro-batch")
     parser.add_argument("--kind", choices=list(INSTRUCTIONS), default="reverse_kl")
     parser.add_argument("--hybrid", action="store_true", help="hybrid_rl_distillation, which projects twice")
     parser.add_argument("--gpu", choices=list(ACCELERATORS), default="H100")
