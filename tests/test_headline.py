@@ -14,7 +14,9 @@
 """The headline experiment: its numbers from hand-made curves, its baselines, and the README from the results."""
 
 import json
+import math
 import os
+from fractions import Fraction
 
 import headline
 import headline_picture
@@ -23,12 +25,21 @@ import pytest
 import torch
 from baselines import forward_kl_topk, sampled_k1_advantages
 from conftest import ROOT
-from headline_results import best_learning_rate, cost, ratios, standard_error, steps_until, summarize
+from headline_results import (
+    best_learning_rate,
+    cost,
+    speed_ups,
+    standard_error,
+    steps_to_level,
+    steps_until,
+    summary,
+    worse_p_value,
+)
 
 from verl.on_policy_distillation.divergence import DenseLogits
 from verl.on_policy_distillation.head import LinearLogits
 
-RESULTS = ROOT / "examples" / "on_policy_distillation" / "results" / "headline.json"
+RESULTS = ROOT / "examples" / "on_policy_distillation" / "results"
 
 
 @pytest.mark.parametrize(
@@ -54,7 +65,44 @@ def test_standard_error_is_the_binomial_one():
     assert standard_error(0.5, 100) == pytest.approx(0.05)
 
 
+def exact_p_value(only_teacher, only_student):
+    """By counting every outcome of so many fair coins."""
+    coins = only_teacher + only_student
+    outcomes = (bin(faces).count("1") for faces in range(2**coins))
+    return Fraction(sum(heads >= only_teacher for heads in outcomes), 2**coins)
+
+
+@pytest.mark.parametrize("pair", [(0, 0), (0, 5), (5, 0), (4, 4), (7, 3), (10, 2)])
+def test_the_p_value_is_that_of_fair_coins(pair):
+    assert worse_p_value(*pair) == pytest.approx(float(exact_p_value(*pair)))
+
+
+def test_the_p_value_of_many_problems_is_the_normal_one():
+    deviation = (600 - 500 - 0.5) / math.sqrt(1000 / 4)
+    assert worse_p_value(600, 400) == pytest.approx(math.erfc(deviation / math.sqrt(2)) / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "only_teacher, expected",
+    [
+        # 100 problems differ: p < 1 % from 62 on, < 5 % from 59 on
+        ([90, 80, 55, 50], 2),
+        ([90, 55, 60, 50], 1),  # a dip that the later, milder test lets pass
+        ([90, 55, 65, 50], 3),
+        ([90, 55, 50, 70], None),
+        ([90, 80, 70, 60], None),
+        ([50, 50, 50, 50], 0),
+    ],
+)
+def test_steps_to_level_wants_a_step_that_is_not_worse_and_none_later_that_is(only_teacher, expected):
+    columns = {"step": [0, 1, 2, 3, 4], "only_teacher": [*only_teacher[:2], None, *only_teacher[2:]]}
+    columns["only_student"] = [None if lost is None else 100 - lost for lost in columns["only_teacher"]]
+    renamed = {0: 0, 1: 1, 2: 3, 3: 4}
+    assert steps_to_level(columns) == (None if expected is None else renamed[expected])
+
+
 def curve(accuracies, seconds=2.0, tokens=100):
+    """Of a teacher that gets 0.8: of 1,000 problems it alone gets those right that are missing to 800."""
     steps = list(range(len(accuracies)))
     per_step = [None] + [1.0] * (len(steps) - 1)
     return {
@@ -62,6 +110,8 @@ def curve(accuracies, seconds=2.0, tokens=100):
         "accuracy": accuracies,
         "seconds": [value and seconds for value in per_step],
         "tokens": [value and tokens for value in per_step],
+        "only_teacher": [round(1000 * max(0.8 - accuracy, 0)) for accuracy in accuracies],
+        "only_student": [round(1000 * max(accuracy - 0.8, 0)) for accuracy in accuracies],
     }
 
 
@@ -85,6 +135,7 @@ def results():
         "jobs": 2,
         "optimizer": "AdamW over the run",
         "top_k": 2,
+        "task": "a task",
         "model": {"type": "Llama", "layers": 1, "hidden": 32},
         "machine": {"cpu": "some CPU", "cores": 2},
         "versions": {"verl": "0.9.1"},
@@ -107,28 +158,49 @@ def test_the_best_learning_rate_is_that_of_the_highest_mean_accuracy():
 
 
 def test_summary_of_known_curves():
-    summary = summarize(results())
-    assert [seed["95%"]["steps"] for seed in summary["grpo"]["seeds"]] == [8, 8]
-    assert [seed["100%"]["steps"] for seed in summary["reverse_kl"]["seeds"]] == [2, 3]
-    assert summary["reverse_kl"]["seeds"][0]["100%"] == {"steps": 2, "tokens": 200, "seconds": 4.0}
-    assert summary["k1"]["seeds"][0]["95%"] == {"steps": None, "tokens": None, "seconds": None}
-    assert "gkd" not in summary
+    frame = summary(results())
+    of = {method: rows for method, rows in frame.groupby("method")}
+    assert list(of["grpo"]["steps_95%"]) == [8, 8]
+    assert list(of["reverse_kl"]["steps_level"]) == [2, 1]
+    first = of["reverse_kl"].iloc[0]
+    assert (first["steps_95%"], first["tokens_95%"], first["seconds_95%"]) == (2, 200, 4.0)
+    assert of["k1"][["steps_95%", "tokens_95%", "seconds_95%", "steps_level"]].isna().all(axis=None)
+    assert "gkd" not in of
 
 
-def test_ratios_are_of_steps_seed_by_seed():
-    assert ratios(results(), 1.0) == [4.0, pytest.approx(8 / 3)]
+def test_speed_ups_are_of_steps_seed_by_seed():
+    assert list(speed_ups(results(), "level")) == [4.0, 8.0]
+    unfinished = results()
+    unfinished["runs"][-2]["curve"] = curve([0.4, 0.5])  # reverse KL, seed 1
+    assert list(speed_ups(unfinished, "level").isna()) == [False, True]
+    assert "both reached with 1 of 2 seeds" in headline_results.sentence(unfinished)
 
 
 def test_costs_leave_the_base_out():
     assert cost(curve([0.4, 0.5, 0.6]), until=2) == (200, 4.0)
 
 
+def cells(markdown):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines()]
+
+
 def test_text_of_known_curves():
-    text = headline_picture.readme_block(results(), "picture.svg")
-    assert "3.3 (2.7–4.0) × fewer steps to 100% of the gain" in text
-    assert "| reverse KL | 0.01 | 2 | 80.0 % | 1.5 (1–2) | 2.5 (2–3) |" in text
-    assert "| k1 | 0.001 | 1 | 60.0 % | > 3 | > 3 | – | – |" in text
-    assert "not run yet" not in text
+    assert "4.0 × fewer steps to 95 % of the gain" in headline_results.sentence(results())
+    assert "6.0 (4.0–8.0) × fewer steps to the teacher's level" in headline_results.sentence(results())
+    rows = {row[0]: row[1:] for row in cells(headline_results.table(results()))}
+    assert rows["reverse KL"] == ["0.01", "2", "80.0 %", "1.5 (1–2)", "1.5 (1–2)", "0.1 k (0.1 k–0.2 k)", "3 (2–4)"]
+    assert rows["k1"] == ["0.001", "1", "60.0 %", "> 3", "> 3", "–", "–"]
+    grid = {row[0]: row[1:] for row in cells(headline_results.grid_table(results()))}
+    assert grid["k1"] == ["**52.5%, 60.0%**", ""]
+    assert "not run yet" not in headline_picture.details(results())
+
+
+def test_the_table_of_tasks():
+    head, _, row = cells(headline_results.task_table([results()]))
+    found = dict(zip(head, row, strict=True))
+    assert found["Tokens an answer"] == f"{100 / 256:.1f}"
+    assert (found["Base"], found["Teacher"], found["Student"]) == ("40.0 %", "80.0 %", "80.0 %")
+    assert found["Ratio, the teacher's level"] == "**6.0** (**4.0**–**8.0**)"
 
 
 def test_results_come_back_from_their_file(tmp_path):
@@ -145,20 +217,23 @@ def test_block_replaces_what_is_between_the_markers():
         headline_picture.with_block("no markers", "new")
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="the headline experiment has not been run")
 def test_the_documents_have_the_numbers_of_the_results():
-    picture = headline_picture.picture_path(RESULTS)
-    assert picture.exists()
-    blocks = headline_picture.documents(headline_results.read(RESULTS), picture)
-    assert [document.name for document in blocks] == ["README.md", "ON_POLICY_DISTILLATION.md"]
+    blocks = headline_picture.documents(headline_picture.read(RESULTS), RESULTS)
+    assert [document.name for document in blocks] == ["README.md", "ON_POLICY_DISTILLATION.md", "HEADLINE.md"]
     for document, block in blocks.items():
         assert headline_picture.between_markers(document.read_text()) == block
 
 
-def test_the_picture_is_drawn(tmp_path):
+def test_the_pictures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    headline_picture.draw_headline(results(), tmp_path / "picture.svg")
-    assert (tmp_path / "picture.svg").read_text().count("<svg") == 1
+    for name, colours in headline_picture.PAGES.items():
+        headline_picture.draw_headline(results(), tmp_path / name, colours)
+    headline_picture.draw_speed_up({"one": results(), "two": results()}, tmp_path / "speed_up.svg")
+    headline_picture.draw_ways(results(), tmp_path / "ways.svg")
+    for path in (drawn := list(tmp_path.iterdir())):
+        assert path.read_text().count("<svg") == 1
+        assert (RESULTS / path.name).exists()
+    assert len(drawn) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,11 +241,11 @@ def test_the_picture_is_drawn(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_method_has_the_same_rollouts_and_updates(tmp_path):
+@pytest.mark.parametrize("task", headline.TASKS.values(), ids=list(headline.TASKS))
+def test_every_method_has_the_same_rollouts_and_updates(task, tmp_path):
     for name, method in headline.METHODS.items():
-        given = dict(
-            line.split("=", 1) for line in headline.overrides(headline.Run(name, 3e-5, 2), tmp_path, tmp_path / "t")
-        )
+        lines = headline.overrides(headline.Run(name, 3e-5, 2), task, tmp_path, tmp_path / "t")
+        given = dict(line.split("=", 1) for line in lines)
         prompts = int(given["data.train_batch_size"])
         assert prompts * int(given["actor_rollout_ref.rollout.n"]) == headline.ROLLOUTS
         assert prompts == headline.UPDATES * int(given["actor_rollout_ref.actor.ppo_mini_batch_size"])
@@ -181,9 +256,9 @@ def test_every_method_has_the_same_rollouts_and_updates(tmp_path):
 
 def test_a_run_s_curve_has_its_metrics_and_accuracies():
     metrics = {1: {"distillation/kl": 0.123456789, "timing_s/step": 2.0, "response_length/mean": 3.5}}
-    assert headline.curve(metrics, {0: 0.5, 1: 0.6}) == {
+    assert headline.curve(metrics, {0: [True, False], 1: [True, True]}) == {
         "step": [0, 1],
-        "accuracy": [0.5, 0.6],
+        "accuracy": [0.5, 1.0],
         "kl": [None, 0.12346],
         "student_entropy": [None, None],
         "teacher_entropy": [None, None],
@@ -194,37 +269,52 @@ def test_a_run_s_curve_has_its_metrics_and_accuracies():
     }
 
 
+def test_a_run_is_compared_with_its_teacher_problem_by_problem():
+    outcomes = {0: [False, False, True, True], 2: [True, True, True, False]}
+    columns = headline.against_teacher({"step": [0, 1, 2]}, outcomes, teacher=[True, True, False, True])
+    assert columns == {"only_teacher": [2, None, 1], "only_student": [1, None, 1]}
+
+
 def test_every_run_is_trained_once_in_the_order_of_its_teachers(tmp_path, monkeypatch):
     trained = []
+    task = headline.TASKS["addition"]
 
-    def train_once(run, out, teacher):
+    def train_once(run, of_task, out, teacher):
         trained.append((run.name, teacher and teacher.relative_to(out).parts[1]))
-        return curve([0.4, 0.5, 0.9 if run.learning_rate == headline.LEARNING_RATES[1] else 0.6])
+        last = 0.9 if run.learning_rate == task.learning_rates[1] else 0.6
+        outcomes = {
+            step: [problem < 10 * share for problem in range(10)] for step, share in enumerate((0.4, 0.5, last))
+        }
+        measured = curve([0.4, 0.5, last])
+        return headline.Measured({key: measured[key] for key in ("step", "accuracy", "seconds", "tokens")}, outcomes)
 
     monkeypatch.setattr(headline, "train_once", train_once)
-    experiment = headline.Experiment(tmp_path, tmp_path / "results" / "headline.json", jobs=1)
-    experiment.run(seeds=2)
-    best = f"{headline.LEARNING_RATES[1]:g}"
-    grid = len(headline.LEARNING_RATES)
+    experiment = headline.Experiment(task, tmp_path, tmp_path / "results" / "headline_addition.json", jobs=1)
+    experiment.run(list(headline.METHODS), seeds=2)
+    best = f"{task.learning_rates[1]:g}"
+    grid = len(task.learning_rates)
     assert len(trained) == len(set(trained)) == grid * len(headline.METHODS) + 2
     assert [teacher for _, teacher in trained[:grid]] == [None] * grid
     assert {teacher for _, teacher in trained[grid:-2]} == {f"grpo-lr{best}-seed0"}
     assert trained[-2:] == [(f"grpo-lr{best}-seed1", None), (f"reverse_kl-lr{best}-seed1", f"grpo-lr{best}-seed1")]
-    written = headline_results.read(tmp_path / "results" / "headline.json")
+    (written,) = headline_picture.read(tmp_path / "results").values()
     assert len(written["runs"]) == len(trained)
-    assert headline_picture.readme_block(written, "picture.svg")
+    teacher = headline_results.teacher_curve(written, 0)
+    assert (teacher["only_teacher"], teacher["only_student"]) == ([5, 4, 0], [0, 0, 0])
+    assert headline_picture.details(written)
 
 
 def test_a_finished_run_is_done_again_only_if_its_settings_or_its_teacher_changed(tmp_path):
-    done, teacher = tmp_path / "curve.json", tmp_path / "teacher"
-    assert headline.finished_curve(done, ["lr=1"], None) is None
+    done, teacher = tmp_path / "measured.json", tmp_path / "teacher"
+    measured = headline.Measured({"step": [0]}, {0: [True, False, True]})
+    assert headline.finished(done, ["lr=1"], None) is None
     teacher.mkdir()
-    done.write_text(json.dumps({"settings": ["lr=1"], "curve": {"step": [0]}}))
+    done.write_text(json.dumps({"settings": ["lr=1"]} | measured.to_json()))
     os.utime(teacher, (0, 0))
-    assert headline.finished_curve(done, ["lr=1"], teacher) == {"step": [0]}
-    assert headline.finished_curve(done, ["lr=2"], teacher) is None
+    assert headline.finished(done, ["lr=1"], teacher) == measured
+    assert headline.finished(done, ["lr=2"], teacher) is None
     os.utime(teacher, (2e9, 2e9))
-    assert headline.finished_curve(done, ["lr=1"], teacher) is None
+    assert headline.finished(done, ["lr=1"], teacher) is None
 
 
 def logits(seed, *shape):

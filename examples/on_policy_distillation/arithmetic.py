@@ -29,6 +29,7 @@ import json
 import os
 import random
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,10 +78,10 @@ def without_carry(question: str) -> str:
     return "".join(str((int(x) + int(y)) % 10) for x, y in zip(a, b, strict=True))
 
 
-def verl_rows(pairs: list[tuple[str, str]], split: str) -> list[dict]:
+def verl_rows(pairs: list[tuple[str, str]], split: str, data_source: str = DATA_SOURCE) -> list[dict]:
     return [
         {
-            "data_source": DATA_SOURCE,
+            "data_source": data_source,
             "prompt": [{"role": "user", "content": question}],
             "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": answer},
@@ -131,7 +132,7 @@ def untrained_model(hidden: int, layers: int, vocab_size: int, tied: bool, seed:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
         tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -173,14 +174,18 @@ def tiny_model(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def encode(pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, labels), each (pairs, tokens), right-padded; only the answer and its EOS carry a label."""
+def encode(pairs: list[tuple[str, str]], answer_tokens: int = MAX_ANSWER_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, labels), each (pairs, tokens), right-padded; only the answer and its EOS carry a label.
+
+    Args:
+        pairs: questions of equal length, with answers of at most `answer_tokens` tokens, EOS included.
+    """
     tokenizer = build_tokenizer()
     rows, labels = [], []
     for question, answer in pairs:
         prompt_ids = tokenizer(question)["input_ids"]
         answer_ids = tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
-        padding = MAX_ANSWER_TOKENS - len(answer_ids)
+        padding = answer_tokens - len(answer_ids)
         rows.append(prompt_ids + answer_ids + [tokenizer.pad_token_id] * padding)
         labels.append([IGNORE] * len(prompt_ids) + answer_ids + [IGNORE] * padding)
     return torch.tensor(rows), torch.tensor(labels)
@@ -232,17 +237,20 @@ def train(
     peak: float = LEARNING_RATE,
     fluent: float = FLUENT,
     decay_steps: int = DECAY_STEPS,
+    answer_tokens: int = MAX_ANSWER_TOKENS,
+    max_steps: int = MAX_STEPS,
 ) -> None:
     """Train `model` in place on a mixture of `corpora`, which answer the same questions, each in its own way.
 
     It stops `decay_steps` after the model has become fluent: after the share `fluent` of its answers are those of some
     corpus.
     """
-    input_ids, labels = (torch.stack(tensors) for tensors in zip(*map(encode, corpora), strict=True))
+    encoded = [encode(corpus, answer_tokens) for corpus in corpora]
+    input_ids, labels = (torch.stack(tensors) for tensors in zip(*encoded, strict=True))
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
     fluent_at = None
-    for step in range(1, MAX_STEPS + 1):
+    for step in range(1, max_steps + 1):
         corpus = torch.multinomial(torch.tensor(weights), BATCH, replacement=True, generator=generator)
         problem = torch.randint(input_ids.shape[1], (BATCH,), generator=generator)
         for group in optimizer.param_groups:
@@ -259,13 +267,18 @@ def train(
             fluent_at = step if fluency >= fluent else None
         if fluent_at is not None and step == fluent_at + decay_steps:
             return
-    raise RuntimeError(f"{fluent:.0%} of the answers as taught not reached in {MAX_STEPS} steps; try another --seed")
+    raise RuntimeError(f"{fluent:.0%} of the answers as taught not reached in {max_steps} steps; try another --seed")
 
 
 @one_thread()
 @torch.no_grad()
-def evaluate(path: str | Path, parquet: str | Path) -> float:
-    """Greedy accuracy of the checkpoint at `path` on the problems of `parquet`, scored by `compute_score`."""
+def scores(
+    path: str | Path,
+    parquet: str | Path,
+    reward: Callable[..., float],
+    answer_tokens: int = MAX_ANSWER_TOKENS,
+) -> list[float]:
+    """What `reward` gives to the greedy answer of the checkpoint at `path` to each problem of `parquet`."""
     rows = Dataset.from_parquet(str(parquet)).to_list()
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -275,14 +288,18 @@ def evaluate(path: str | Path, parquet: str | Path) -> float:
         input_ids=prompts["input_ids"],
         attention_mask=prompts["attention_mask"],
         do_sample=False,
-        max_new_tokens=MAX_ANSWER_TOKENS,
+        max_new_tokens=answer_tokens,
     )
     responses = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-    scores = [
-        compute_score(row["data_source"], response, row["reward_model"]["ground_truth"])
+    return [
+        reward(row["data_source"], response, row["reward_model"]["ground_truth"])
         for row, response in zip(rows, responses, strict=True)
     ]
-    return sum(scores) / len(scores)
+
+
+def evaluate(path: str | Path, parquet: str | Path) -> float:
+    """Greedy accuracy of the checkpoint at `path` on the problems of `parquet`."""
+    return statistics.fmean(scores(path, parquet, compute_score))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,11 +321,11 @@ def write_record(out: Path, record: dict) -> None:
     (out / "arithmetic.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def make_split(path: Path, pairs: list[tuple[str, str]]) -> None:
+def make_split(path: Path, pairs: list[tuple[str, str]], data_source: str = DATA_SOURCE) -> None:
     if path.exists():
         return
     partial = path.with_name(f".{path.name}.partial")
-    Dataset.from_list(verl_rows(pairs, path.stem)).to_parquet(str(partial))
+    Dataset.from_list(verl_rows(pairs, path.stem, data_source)).to_parquet(str(partial))
     os.replace(partial, path)
 
 

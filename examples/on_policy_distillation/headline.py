@@ -13,52 +13,146 @@
 # limitations under the License.
 """The headline experiment: how many steps RL needs, and how many on-policy distillation needs for the same gain.
 
-    python headline.py [--out DIR] [--results FILE] [--seeds N] [--jobs N]
+    python headline.py [--task NAME] [--methods NAME ...] [--out DIR] [--results FILE] [--seeds N] [--jobs N]
 
-1. A base model that adds two-digit numbers, some of them right.
+1. A base model that gets some of the task's problems right.
 2. GRPO from that base, once for each learning rate of the grid. The result at the best one is the teacher.
 3. Each way of distilling that teacher back into the base, once for each learning rate of the grid.
 4. The main two, GRPO and reverse KL, again with other seeds at their best learning rates; each seed of GRPO is the
    teacher of that seed of reverse KL.
 
-Every run is VERL's trainer as a user starts it, in a folder of its own below DIR/runs. A finished run is not done
-again unless its settings or its teacher have changed; an interrupted one is done from its start. FILE receives what was
-measured, after every run. The mathematics of what is reported is in headline_results.py.
+The tasks differ in the length of their answers. Every run is VERL's trainer as a user starts it, in a folder of its own
+below DIR/TASK/runs. A finished run is not done again unless its settings or its teacher have changed; an interrupted
+one is done from its start. FILE receives what was measured, after every run. The mathematics of what is reported is in
+headline_results.py.
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
 import shutil
+import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import arithmetic
 import headline_results
-import torch
 from baselines import FORWARD_KL_TOPK, SAMPLED_K1, TOP_K
+from headline_results import MAIN
 from metrics import StepMetrics, read_run
 from progress import end_with_trainers, train
-from transformers import LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent
 ACTOR = "actor_rollout_ref.actor"
 LOSS = f"{ACTOR}.policy_loss"
 
-# The same for every method: rollouts and updates a step, optimizer and schedule, and the learning rates to choose from.
+# The same for every method: rollouts and updates a step, optimizer and schedule.
 ROLLOUTS, UPDATES = 256, 16
-LEARNING_RATES = (7e-6, 2e-5, 6e-5)
 GRPO_STEPS, GRPO_SCORE_EVERY, GROUP = 70, 2, 8
 DISTILLATION_STEPS = 12
+KEPT_STEPS = (20,)  # of GRPO, beside the last: a weak teacher
 HELD_OUT = 2000
-# The base. Its training stops where this share of its training problems is right, without a decay of the learning rate.
-LAYERS, HIDDEN, MODEL_SEED = 3, 256, 0
-BASE_SHARE, BASE_LEARNING_RATE = 0.45, 7e-4
+LAYERS, MODEL_SEED = 3, 0
+BASE_MAX_STEPS = 20_000
+
+Pairs = list[tuple[str, str]]  # (question, answer)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Of a task: what the base is taught, the problems of every run with their ground truth, and those held out."""
+
+    lessons: Pairs
+    problems: Pairs
+    held_out: Pairs
+
+
+@dataclass(frozen=True)
+class Task:
+    """One point of the headline.
+
+    `module` has `compute_score` and DATA_SOURCE. The base's training stops where the share `base_share` of its lessons
+    is answered as taught, without a decay of the learning rate. The learning rates are the grid of every method.
+    """
+
+    title: str
+    module: str
+    data: Callable[[], Data]
+    prompt_tokens: int
+    answer_tokens: int
+    hidden: int
+    base_share: float
+    base_learning_rate: float
+    learning_rates: tuple[float, ...]
+
+    @property
+    def reward_file(self) -> Path:
+        return HERE / f"{self.module}.py"
+
+    @property
+    def reward(self) -> Callable[..., float]:
+        return importlib.import_module(self.module).compute_score
+
+    @property
+    def data_source(self) -> str:
+        return importlib.import_module(self.module).DATA_SOURCE
+
+
+def addition_data() -> Data:
+    taught, held_out = arithmetic.problems(MODEL_SEED, held_out=HELD_OUT)
+    return Data(taught, taught, held_out)
+
+
+def chain_sum_data(terms: int) -> Data:
+    import chain_sum  # needs reasoning-gym, which the other task does not
+
+    taught, held_out = chain_sum.problems(terms, MODEL_SEED, CHAIN_SUMS, HELD_OUT)
+    results = [chain_sum.with_result(expression) for expression in taught]
+    return Data(
+        [chain_sum.with_working(expression) for expression in taught],
+        results,
+        [chain_sum.with_result(expression) for expression in held_out],
+    )
+
+
+def chain_sum(terms: int, answer_tokens: int) -> Task:
+    return Task(
+        title=f"sums of {terms} digits with their working",
+        module="chain_sum",
+        data=partial(chain_sum_data, terms),
+        prompt_tokens=2 * terms,
+        answer_tokens=answer_tokens,
+        hidden=128,
+        base_share=0.5,
+        base_learning_rate=1e-3,
+        learning_rates=(2e-5, 6e-5, 2e-4),
+    )
+
+
+CHAIN_SUMS = 20_000  # problems to train on
+TASKS = {
+    "addition": Task(
+        title="two-digit addition",
+        module="arithmetic",
+        data=addition_data,
+        prompt_tokens=8,
+        answer_tokens=arithmetic.MAX_ANSWER_TOKENS,
+        hidden=256,
+        base_share=0.45,
+        base_learning_rate=7e-4,
+        learning_rates=(7e-6, 2e-5, 6e-5),
+    ),
+    "chain_sum_7": chain_sum(terms=7, answer_tokens=23),
+    "chain_sum_12": chain_sum(terms=12, answer_tokens=43),
+}
 
 
 @dataclass(frozen=True)
@@ -117,7 +211,7 @@ class Run:
         return f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
-def overrides(run: Run, out: Path, teacher: Path | None) -> list[str]:
+def overrides(run: Run, task: Task, out: Path, teacher: Path | None) -> list[str]:
     """What is said to VERL's trainer, beside what the machine needs."""
     method = METHODS[run.method]
     prompts = ROLLOUTS // method.responses
@@ -125,8 +219,8 @@ def overrides(run: Run, out: Path, teacher: Path | None) -> list[str]:
         f"actor_rollout_ref.model.path={out}/base",
         f"data.train_files={out}/train.parquet",
         f"data.val_files={out}/test.parquet",  # wanted by VERL, not used
-        "data.max_prompt_length=8",
-        f"data.max_response_length={arithmetic.MAX_ANSWER_TOKENS}",
+        f"data.max_prompt_length={task.prompt_tokens}",
+        f"data.max_response_length={task.answer_tokens}",
         f"data.train_batch_size={prompts}",
         f"data.seed={run.seed}",
         f"actor_rollout_ref.rollout.n={method.responses}",
@@ -135,7 +229,7 @@ def overrides(run: Run, out: Path, teacher: Path | None) -> list[str]:
         f"{ACTOR}.data_loader_seed={run.seed}",
         f"{ACTOR}.optim.lr={run.learning_rate:g}",
         f"{ACTOR}.optim.lr_scheduler_type=cosine",  # at a constant rate accuracy keeps jumping by a point or two
-        f"reward.custom_reward_function.path={HERE}/arithmetic.py",
+        f"reward.custom_reward_function.path={task.reward_file}",
         f"trainer.total_training_steps={method.steps}",
         "trainer.total_epochs=1000",
         # The trainer's own validation generates through its agent loop and takes longer than a step does. Steps are
@@ -167,38 +261,57 @@ def final_checkpoint(run: Run, out: Path) -> Path:
     return checkpoint(run, out, METHODS[run.method].steps)
 
 
-def held_out_accuracy(path: Path) -> float:
-    """Greedy accuracy of a checkpoint on the held-out problems, in one forward."""
-    _, held_out = arithmetic.problems(MODEL_SEED, held_out=HELD_OUT)
-    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return arithmetic.answers_with(model, *arithmetic.encode(held_out)).float().mean().item()
+def held_out_outcomes(path: Path, task: Task, out: Path) -> list[bool]:
+    """Which held-out problems the checkpoint at `path` gets right, decoding greedily."""
+    scores = arithmetic.scores(path, out / "test.parquet", task.reward, task.answer_tokens)
+    return [score == 1.0 for score in scores]
 
 
-def score_checkpoints(run: Run, out: Path) -> dict[int, float]:
-    """Held-out accuracy by step, 0 being the base. Removes all checkpoints but the last, which may be a teacher."""
+def score_checkpoints(run: Run, task: Task, out: Path) -> dict[int, list[bool]]:
+    """Outcomes by step, 0 being the base. Removes the checkpoints that no later run needs."""
     method = METHODS[run.method]
     scored = range(method.score_every, method.steps + 1, method.score_every)
-    accuracies = {0: held_out_accuracy(out / "base")}
-    accuracies |= {step: held_out_accuracy(checkpoint(run, out, step)) for step in scored}
-    for step in scored[:-1]:
+    outcomes = {0: held_out_outcomes(out / "base", task, out)}
+    outcomes |= {step: held_out_outcomes(checkpoint(run, out, step), task, out) for step in scored}
+    for step in {*scored} - {method.steps, *KEPT_STEPS}:
         shutil.rmtree(out / "runs" / run.name / "checkpoints" / f"global_step_{step}")
-    return accuracies
+    return outcomes
 
 
-def finished_curve(done: Path, settings: list[str], teacher: Path | None) -> dict | None:
-    """The curve in `done`, if it is of a run with these settings and with the teacher that is there now."""
+@dataclass(frozen=True)
+class Measured:
+    """The curve of a run, and which held-out problems each of its scored steps gets right."""
+
+    curve: dict[str, list]
+    outcomes: dict[int, list[bool]]
+
+    def to_json(self) -> dict:
+        """Outcomes as strings of 0 and 1, a character a problem."""
+        return {
+            "curve": self.curve,
+            "outcomes": {step: "".join("01"[right] for right in rights) for step, rights in self.outcomes.items()},
+        }
+
+    @classmethod
+    def from_json(cls, saved: dict) -> "Measured":
+        outcomes = {int(step): [mark == "1" for mark in marks] for step, marks in saved["outcomes"].items()}
+        return cls(saved["curve"], outcomes)
+
+
+def finished(done: Path, settings: list[str], teacher: Path | None) -> Measured | None:
+    """What is in `done`, if it is of a run with these settings and with the teacher that is there now."""
     if not done.exists() or (teacher is not None and teacher.stat().st_mtime > done.stat().st_mtime):
         return None
     saved = json.loads(done.read_text())
-    return saved["curve"] if saved["settings"] == settings else None
+    return Measured.from_json(saved) if saved["settings"] == settings else None
 
 
-def train_once(run: Run, out: Path, teacher: Path | None) -> dict:
-    """The curve of `run`, trained unless that has been done."""
+def train_once(run: Run, task: Task, out: Path, teacher: Path | None) -> Measured:
+    """What was measured of `run`, which is trained unless that has been done."""
     folder = out / "runs" / run.name
-    done = folder / "curve.json"
-    settings = overrides(run, out, teacher)
-    measured = finished_curve(done, settings, teacher)
+    done = folder / "measured.json"
+    settings = overrides(run, task, out, teacher)
+    measured = finished(done, settings, teacher)
     if measured is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -208,9 +321,10 @@ def train_once(run: Run, out: Path, teacher: Path | None) -> dict:
             "VERL_USE_EXTERNAL_MODULES": "verl_on_policy_distillation,baselines_plugin",
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
-        train(folder, METHODS[run.method].steps, command, environment, label=f"{run.name}   ")
-        measured = curve(read_run(folder), score_checkpoints(run, out))
-        done.write_text(json.dumps({"settings": settings, "curve": measured}) + "\n")
+        train(folder, METHODS[run.method].steps, command, environment, label=f"{out.name} {run.name}   ")
+        outcomes = score_checkpoints(run, task, out)
+        measured = Measured(curve(read_run(folder), outcomes), outcomes)
+        done.write_text(json.dumps({"settings": settings} | measured.to_json()) + "\n")
     return measured
 
 
@@ -224,9 +338,10 @@ COLUMNS = {
 }
 
 
-def curve(metrics: dict[int, StepMetrics], accuracies: dict[int, float]) -> dict[str, list]:
+def curve(metrics: dict[int, StepMetrics], outcomes: dict[int, list[bool]]) -> dict[str, list]:
     """What the results keep of a run: one list a column, one entry a step, null where a step has no such number."""
-    steps = sorted(metrics.keys() | accuracies.keys())
+    steps = sorted(metrics.keys() | outcomes.keys())
+    accuracies = {step: statistics.fmean(rights) for step, rights in outcomes.items()}
     rows = [metrics.get(step, {}) for step in steps]
     lengths = [row.get("response_length/mean") for row in rows]
     return {
@@ -237,28 +352,39 @@ def curve(metrics: dict[int, StepMetrics], accuracies: dict[int, float]) -> dict
     }
 
 
+def against_teacher(curve: dict[str, list], outcomes: dict[int, list[bool]], teacher: list[bool]) -> dict[str, list]:
+    """Two more columns of `curve`: held-out problems that only the teacher gets right, and that only this step does."""
+    pairs = [list(zip(outcomes.get(step, []), teacher, strict=step in outcomes)) for step in curve["step"]]
+    return {
+        "only_teacher": [sum(other and not own for own, other in pair) if pair else None for pair in pairs],
+        "only_student": [sum(own and not other for own, other in pair) if pair else None for pair in pairs],
+    }
+
+
 def significant(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
 
 
-def make_base(out: Path) -> None:
+def make_base(task: Task, out: Path) -> None:
     """The data and the base. Its training stops early: what a longer one would teach is left for RL."""
     out.mkdir(parents=True, exist_ok=True)
-    taught, held_out = arithmetic.problems(MODEL_SEED, held_out=HELD_OUT)
-    arithmetic.make_split(out / "train.parquet", taught)
-    arithmetic.make_split(out / "test.parquet", held_out)
+    data = task.data()
+    arithmetic.make_split(out / "train.parquet", data.problems, task.data_source)
+    arithmetic.make_split(out / "test.parquet", data.held_out, task.data_source)
     if (out / "base").exists():
         return
-    print("base: training", flush=True)
-    model = arithmetic.untrained_model(HIDDEN, LAYERS, arithmetic.VOCAB_SIZE, tied=False, seed=MODEL_SEED)
+    print(f"{out.name} base: training", flush=True)
+    model = arithmetic.untrained_model(task.hidden, LAYERS, arithmetic.VOCAB_SIZE, tied=False, seed=MODEL_SEED)
     arithmetic.train(
         model,
-        [taught],
+        [data.lessons],
         [1.0],
         seed=MODEL_SEED,
-        peak=BASE_LEARNING_RATE,
-        fluent=BASE_SHARE,
+        peak=task.base_learning_rate,
+        fluent=task.base_share,
         decay_steps=0,
+        answer_tokens=task.answer_tokens,
+        max_steps=BASE_MAX_STEPS,
     )
     arithmetic.save_checkpoint(model, out / "base")
 
@@ -268,7 +394,7 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def description() -> dict:
+def description(task: Task) -> dict:
     """What a reader must know to judge the numbers."""
     return {
         "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "gpu": None},
@@ -276,15 +402,15 @@ def description() -> dict:
         "model": {
             "type": "Llama",
             "layers": LAYERS,
-            "hidden": HIDDEN,
+            "hidden": task.hidden,
             "vocabulary": arithmetic.VOCAB_SIZE,
             "seed": MODEL_SEED,
         },
-        "task": arithmetic.DATA_SOURCE,
+        "task": task.title,
         "held_out": HELD_OUT,
         "rollouts_per_step": ROLLOUTS,
         "updates_per_step": UPDATES,
-        "learning_rates": list(LEARNING_RATES),
+        "learning_rates": list(task.learning_rates),
         "optimizer": "AdamW, learning rate decayed to zero over the run by a cosine",
         "top_k": TOP_K,
         "methods": {
@@ -298,52 +424,81 @@ class Experiment:
     """Trains what is missing, in the order in which runs need each other, and keeps the results file up to date.
 
     Args:
+        out: models, data and runs of `task`.
         jobs: runs that are trained at the same time. They share the cores, so the seconds of a step grow with it.
     """
 
-    def __init__(self, out: Path, results_path: Path, jobs: int):
-        self.out, self.results_path, self.jobs = out, results_path, jobs
-        self.results = description() | {"jobs": jobs, "runs": []}
+    def __init__(self, task: Task, out: Path, results_path: Path, jobs: int):
+        self.task, self.out, self.results_path, self.jobs = task, out, results_path, jobs
+        self.measured: dict[Run, Measured] = {}
+
+    @property
+    def results(self) -> dict:
+        runs = [vars(run) | {"curve": self.curve(run)} for run in self.measured]
+        return description(self.task) | {"jobs": self.jobs, "runs": runs}
+
+    def curve(self, run: Run) -> dict[str, list]:
+        measured = self.measured[run]
+        teacher = self.measured.get(self.teacher_run(run.seed))
+        if teacher is None:
+            return measured.curve
+        last = teacher.outcomes[max(teacher.outcomes)]
+        return measured.curve | against_teacher(measured.curve, measured.outcomes, last)
 
     def train(self, runs: list[tuple[Run, Path | None]]) -> None:
         """Train runs, each with its teacher, that do not depend on each other."""
+
+        def one(pair: tuple[Run, Path | None]) -> Measured:
+            return train_once(pair[0], self.task, self.out, pair[1])
+
         with ThreadPoolExecutor(self.jobs) as pool:
-            for (run, _), measured in zip(
-                runs, pool.map(lambda pair: train_once(pair[0], self.out, pair[1]), runs), strict=True
-            ):
-                self.results["runs"].append(vars(run) | {"curve": measured})
+            for (run, _), measured in zip(runs, pool.map(one, runs), strict=True):
+                self.measured[run] = measured
                 self.results_path.parent.mkdir(parents=True, exist_ok=True)
                 headline_results.write(self.results, self.results_path)
 
     def best(self, method: str) -> float:
-        return headline_results.best_learning_rate(self.results, method)
+        runs = {run: headline_results.mean_accuracy(measured.curve) for run, measured in self.measured.items()}
+        return max((run for run in runs if run.method == method and run.seed == 0), key=runs.__getitem__).learning_rate
+
+    def teacher_run(self, seed: int) -> Run:
+        return Run("grpo", self.best("grpo"), seed)
 
     def teacher(self, seed: int) -> Path:
-        return final_checkpoint(Run("grpo", self.best("grpo"), seed), self.out)
+        return final_checkpoint(self.teacher_run(seed), self.out)
 
-    def run(self, seeds: int) -> None:
-        self.train([(Run("grpo", rate, 0), None) for rate in LEARNING_RATES])
-        distilled = [name for name, method in METHODS.items() if method.has_teacher]
-        self.train([(Run(name, rate, 0), self.teacher(0)) for name in distilled for rate in LEARNING_RATES])
-        self.train([(Run("grpo", self.best("grpo"), seed), None) for seed in range(1, seeds)])
-        self.train([(Run("reverse_kl", self.best("reverse_kl"), seed), self.teacher(seed)) for seed in range(1, seeds)])
+    def run(self, methods: Sequence[str], seeds: int) -> None:
+        rates = self.task.learning_rates
+        self.train([(Run("grpo", rate, 0), None) for rate in rates])
+        distilled = [name for name in methods if METHODS[name].has_teacher]
+        self.train([(Run(name, rate, 0), self.teacher(0)) for name in distilled for rate in rates])
+        self.train([(self.teacher_run(seed), None) for seed in range(1, seeds)])
+        again = [Run("reverse_kl", self.best("reverse_kl"), seed) for seed in range(1, seeds)]
+        self.train([(run, self.teacher(run.seed)) for run in again])
 
 
 def main() -> None:
     root = HERE.parent.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=root / "runs" / "headline", help="models, data and runs")
-    parser.add_argument("--results", type=Path, help="where the measurements go; by default OUT/headline.json")
+    parser.add_argument("--task", choices=TASKS, default="chain_sum_7")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=MAIN, help=f"default: {' '.join(MAIN)}")
+    parser.add_argument(
+        "--out", type=Path, default=root / "runs" / "headline", help="models, data and runs of each task"
+    )
+    parser.add_argument("--results", type=Path, help="where the measurements go; by default OUT/TASK/results.json")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of GRPO and reverse KL")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time; default 2")
     arguments = parser.parse_args()
+    if missing := [name for name in MAIN if name not in arguments.methods]:
+        parser.error(f"--methods: the headline compares {' and '.join(MAIN)}; add {' '.join(missing)}")
     end_with_trainers()
-    out = arguments.out.resolve()
+    out = arguments.out.resolve() / arguments.task
     began = time.monotonic()
     arithmetic.quiet()
-    make_base(out)
-    experiment = Experiment(out, arguments.results or out / "headline.json", arguments.jobs)
-    experiment.run(arguments.seeds)
+    task = TASKS[arguments.task]
+    make_base(task, out)
+    experiment = Experiment(task, out, arguments.results or out / "results.json", arguments.jobs)
+    experiment.run(arguments.methods, arguments.seeds)
     print(headline_results.table(experiment.results))
     print(f"\n{headline_results.sentence(experiment.results)}")
     print(f"\n{(time.monotonic() - began) / 60:.0f} minutes; results: {experiment.results_path}")

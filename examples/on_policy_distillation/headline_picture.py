@@ -11,24 +11,32 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The headline picture and the headline table of the README, from the committed results.
+"""The headline's pictures and tables, from the committed results of its tasks.
 
-    python headline_picture.py [--results FILE]
+    python headline_picture.py [--results FOLDER]
 
-Writes headline.svg beside FILE, the table into README.md and its sentence into ON_POLICY_DISTILLATION.md, between the
-lines <!-- headline:begin --> and <!-- headline:end -->. Needs matplotlib.
+Reads FOLDER/headline_TASK.json and writes beside them
+
+- headline.svg and headline_dark.svg, the README's: both curves of one task, for light and dark pages,
+- speed_up.svg: the speed-up against the length of an answer,
+- ways.svg: every way of distilling that was run on one task;
+
+and, between the lines <!-- headline:begin --> and <!-- headline:end -->, the README's summary, the sentence of
+ON_POLICY_DISTILLATION.md and the tables of HEADLINE.md. Needs matplotlib.
 """
 
 import argparse
 from pathlib import Path
 
 import headline_results
-from headline_results import best_learning_rate, first_and_last, runs_of, teacher_curve, validated
+import pandas
+from headline_results import MAIN, MILESTONES, best_runs, first_and_last, runs_of, teacher_curve, validated
 from report import import_pyplot
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
+README_TASK = "chain_sum_7"
 COLOURS = {
     "grpo": "tab:gray",
     "reverse_kl": "tab:red",
@@ -38,54 +46,143 @@ COLOURS = {
     "topk": "tab:cyan",
     "k1": "tab:orange",
 }
-MAIN = ("grpo", "reverse_kl")
+# Of GitHub's pages: text and background. The colours of the curves are seen on both.
+PAGES = {"headline.svg": ("#1f2328", "#ffffff"), "headline_dark.svg": ("#f0f6fc", "#0d1117")}
+RL, OWN = "#8c959f", "#d1242f"
 
 
-def draw(axes, results: dict, methods: list[str]) -> None:
-    """Held-out accuracy against steps, each method at its best learning rate, one line a seed."""
-    for method in methods:
-        for run in runs_of(results, method, learning_rate=best_learning_rate(results, method)):
-            accuracies = validated(run["curve"])
-            axes.plot(
-                list(accuracies),
-                [100 * value for value in accuracies.values()],
-                color=COLOURS[method],
-                label=results["methods"][method]["title"] if run["seed"] == 0 else None,
-                linewidth=1.8 if method in MAIN else 1.2,
-                alpha=1.0 if run["seed"] == 0 else 0.45,
-            )
-    base, teacher = first_and_last(teacher_curve(results, 0))
-    axes.axhline(100 * teacher, color="black", linewidth=0.8, linestyle="--")
-    axes.axhline(100 * base, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("step")
+def on_page(text: str, background: str) -> dict[str, str]:
+    """matplotlib's settings."""
+    parts = ["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"]
+    return dict.fromkeys(parts, text) | dict.fromkeys(["figure.facecolor", "axes.facecolor"], background)
+
+
+def mean_curve(runs: list[dict]) -> pandas.Series:
+    """Accuracy by step in percent, over the seeds."""
+    return 100 * pandas.DataFrame([validated(run["curve"]) for run in runs]).mean()
+
+
+def steps_to_level(results: dict, method: str) -> float | None:
+    """Mean over the seeds; None if one did not get there."""
+    steps = headline_results.summary(results).query("method == @method").steps_level
+    return None if steps.isna().any() else steps.mean()
+
+
+def draw_curve(axes, results: dict, method: str, colour: str, name: str) -> None:
+    """The mean over seeds, each seed as a thin line, and the step that is at the teacher's level."""
+    runs = best_runs(results, method)
+    for run in runs:
+        axes.plot(100 * pandas.Series(validated(run["curve"])), color=colour, linewidth=0.7, alpha=0.5)
+    mean = mean_curve(runs)
+    axes.plot(mean, color=colour, linewidth=2.2)
+    step = steps_to_level(results, method)
+    if step is None:
+        return
+    height = float(mean[mean.index <= step].iloc[-1])
+    axes.plot([step], [height], "o", color=colour, markersize=7)
+    axes.annotate(
+        f"{name}:\nstep {step:.0f}",
+        (step, height),
+        xytext=(12, -34),
+        textcoords="offset points",
+        color=colour,
+        fontsize=12,
+        fontweight="bold",
+    )
+
+
+def draw_headline(results: dict, path: Path, colours: tuple[str, str]) -> None:
+    """One panel: both curves until their last step, and the steps that reach the teacher's level."""
+    pyplot = import_pyplot()
+    base = 100 * first_and_last(teacher_curve(results, 0))[0]
+    with pyplot.rc_context(on_page(*colours) | {"font.size": 11}):
+        figure, axes = pyplot.subplots(figsize=(8, 3.8), layout="constrained")
+        draw_curve(axes, results, "grpo", RL, "GRPO")
+        draw_curve(axes, results, "reverse_kl", OWN, "distillation of its result")
+        axes.set_ylim(bottom=base)
+        axes.set_xlim(left=0)
+        axes.set_ylabel("held-out accuracy, %")
+        axes.set_xlabel(f"training step (the accuracy axis starts at the base's {base:.0f} %)")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def draw_speed_up(every_task: dict[str, dict], path: Path) -> None:
+    """A point for each seed, a line through the means."""
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(figsize=(6.5, 3.8), layout="constrained")
+    for (milestone, target), colour in zip(MILESTONES.items(), ("tab:blue", "tab:red"), strict=True):
+        points = [
+            (headline_results.answer_tokens(results), headline_results.speed_ups(results, milestone).dropna())
+            for results in every_task.values()
+        ]
+        for length, ratios in points:
+            axes.plot([length] * len(ratios), ratios, "o", color=colour, alpha=0.4, markersize=5)
+        means = {length: ratios.mean() for length, ratios in points if len(ratios)}
+        axes.plot(
+            pandas.Series(means, dtype=float).sort_index(), color=colour, marker="o", linewidth=2, label=f"to {target}"
+        )
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("tokens an answer")
+    axes.set_ylabel("GRPO's steps / reverse KL's steps")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="lower right")
-
-
-def draw_headline(results: dict, path: Path) -> None:
-    pyplot = import_pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    draw(left, results, [method for method in MAIN if runs_of(results, method)])
-    draw(right, results, [method for method in results["methods"] if method != "grpo" and runs_of(results, method)])
-    left.set_ylabel("held-out accuracy, %")
-    left.set_title("RL against distillation, every seed (dashes: teacher of seed 0, dots: base)")
-    right.set_title("Ways of distilling")
-    for axes in (left, right):
-        axes.title.set_fontsize("medium")
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
 
 
-def readme_block(results: dict, picture: str) -> str:
+def draw_ways(results: dict, path: Path) -> None:
+    """Every way of distilling, seed 0 at its best learning rate."""
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(figsize=(6.5, 3.8), layout="constrained")
+    for method in [name for name in results["methods"] if name != "grpo" and runs_of(results, name, seed=0)]:
+        curve = best_runs(results, method)[0]["curve"]
+        title = results["methods"][method]["title"]
+        axes.plot(100 * pandas.Series(validated(curve)), color=COLOURS[method], label=title)
+    base, teacher = first_and_last(teacher_curve(results, 0))
+    axes.axhline(100 * teacher, color="black", linewidth=0.8, linestyle="--")
+    axes.axhline(100 * base, color="black", linewidth=0.8, linestyle=":")
+    axes.set_title("Ways of distilling (dashes: teacher, dots: base)", fontsize="medium")
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="lower right")
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def picture(link: str, text: str) -> str:
+    """HTML: the light one, or the dark one where the reader's page is dark."""
+    light, dark = (f"{link}/{name}" for name in PAGES)
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    return f'<picture>{source}<img alt="{text}" src="{light}"></picture>'
+
+
+def readme_block(every_task: dict[str, dict], link: str) -> str:
     """What stands between the markers."""
+    results = every_task[README_TASK]
     return "\n\n".join(
         [
-            f"![Held-out accuracy against steps]({picture})",
+            picture(link, "Held-out accuracy against training steps"),
+            f"The picture shows {results['task']}. {headline_results.sentence(results)}",
+            headline_results.task_table(list(every_task.values())),
+        ]
+    )
+
+
+def details(results: dict) -> str:
+    """Of one task."""
+    return "\n\n".join(
+        [
+            f"## {results['task'].capitalize()}",
             headline_results.sentence(results),
             headline_results.table(results),
-            f"{headline_results.conditions(results)} {headline_results.DEFINITIONS}",
-            "Every learning rate of the shared grid, seed 0: mean held-out accuracy over the run, then that of its "
-            "last step. The best mean is chosen.",
+            headline_results.conditions(results),
+            "Every learning rate of the grid, seed 0: mean held-out accuracy over the run, then that of its last step. "
+            "The best mean is chosen.",
             headline_results.grid_table(results),
         ]
     )
@@ -102,28 +199,34 @@ def with_block(text: str, block: str) -> str:
     return f"{text[: text.index(BEGIN)]}{BEGIN}\n{block}\n{text[text.index(END) :]}"
 
 
-def picture_path(results_path: Path) -> Path:
-    return results_path.with_suffix(".svg")
+def read(folder: Path) -> dict[str, dict]:
+    """The results by task, in the order of their answers' length."""
+    found = {
+        path.stem.removeprefix("headline_"): headline_results.read(path) for path in folder.glob("headline_*.json")
+    }
+    return dict(sorted(found.items(), key=lambda item: headline_results.answer_tokens(item[1])))
 
 
-def documents(results: dict, picture: Path) -> dict[Path, str]:
+def documents(every_task: dict[str, dict], folder: Path) -> dict[Path, str]:
     """What each document has between its markers."""
-    link = picture.resolve().relative_to(ROOT).as_posix()
+    link = folder.resolve().relative_to(ROOT).as_posix()
     return {
-        ROOT / "README.md": readme_block(results, link),
-        ROOT / "ON_POLICY_DISTILLATION.md": headline_results.sentence(results),
+        ROOT / "README.md": readme_block(every_task, link),
+        ROOT / "ON_POLICY_DISTILLATION.md": headline_results.task_table(list(every_task.values())),
+        HERE / "HEADLINE.md": "\n\n".join([headline_results.DEFINITIONS, *map(details, every_task.values())]),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "headline.json")
-    arguments = parser.parse_args()
-    results = headline_results.read(arguments.results)
-    picture = picture_path(arguments.results)
-    draw_headline(results, picture)
-    print(f"picture: {picture}")
-    for document, block in documents(results, picture).items():
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    folder = parser.parse_args().results
+    every_task = read(folder)
+    for name, colours in PAGES.items():
+        draw_headline(every_task[README_TASK], folder / name, colours)
+    draw_speed_up(every_task, folder / "speed_up.svg")
+    draw_ways(every_task["addition"], folder / "ways.svg")
+    for document, block in documents(every_task, folder).items():
         document.write_text(with_block(document.read_text(), block))
         print(f"numbers: {document}")
 

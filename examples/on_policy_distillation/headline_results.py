@@ -11,14 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""From the headline experiment's curves to its numbers. Needs nothing but Python.
+"""From the headline experiment's curves to its numbers.
 
 Definitions, also given to readers of the table:
 
 - gain: the teacher's held-out accuracy less the base's; the teacher of a seed is the last step of GRPO with that seed.
 - noise: two binomial standard errors of the held-out set, at the target's accuracy.
-- steps until a share of the gain: the first validated step at or above base + share * gain, after which no validated
-  step of the run falls below that by more than the noise. None if there is no such step.
+- steps to 95 % of the gain: the first validated step at or above base + 0.95 * gain, after which no validated step of
+  the run falls below that by more than the noise. None if there is no such step.
+- steps to the teacher's level: the first validated step that McNemar's exact test on the held-out problems, one-sided,
+  does not call worse than the teacher at 5 %, and after which it calls none worse at 1 %. The test looks at the
+  problems that one of the two gets right and the other wrong (McNemar, Psychometrika 12, 1947).
+- speed-up: GRPO's steps to a milestone over reverse KL's, seed by seed.
 - best learning rate: the highest mean held-out accuracy over the validated steps, for every method alike.
 """
 
@@ -27,12 +31,19 @@ import math
 import statistics
 from pathlib import Path
 
-SHARES = (0.95, 1.0)
+import pandas
+
+SHARE = 0.95
+WORSE, LATER_WORSE = 0.05, 0.01
+MILESTONES = {"95%": "95 % of the gain", "level": "the teacher's level"}
+MAIN = ("grpo", "reverse_kl")
 DEFINITIONS = (
     "The gain is the teacher's accuracy less the base's; the teacher is the last step of GRPO with the same seed. "
-    "Steps to a share of it: the first step that has it and after which no step falls below it by more than two "
-    "binomial standard errors of the held-out set. The best learning rate is the one of the grid with the highest mean "
-    "accuracy over the run. Tokens and seconds are those of training steps, without validation."
+    "Steps to 95 % of it: the first step that has it and after which no step falls below it by more than two "
+    "binomial standard errors of the held-out set. Steps to the teacher's level: the first step that McNemar's exact "
+    "one-sided test on the held-out problems does not call worse than the teacher at 5 %, and after which it calls none "
+    "worse at 1 %. The best learning rate is the one of the grid with the highest mean accuracy over the run. Numbers "
+    "of several seeds are their mean and range. Tokens and seconds are those of training steps, without validation."
 )
 
 
@@ -47,6 +58,15 @@ def validated(curve: dict[str, list]) -> dict[int, float]:
     return {step: value for step, value in pairs if value is not None}
 
 
+def mean_accuracy(curve: dict[str, list]) -> float:
+    return statistics.fmean(validated(curve).values())
+
+
+def first_and_last(curve: dict[str, list]) -> tuple[float, float]:
+    accuracies = validated(curve)
+    return accuracies[min(accuracies)], accuracies[max(accuracies)]
+
+
 def steps_until(accuracies: dict[int, float], target: float, noise: float) -> int | None:
     """The first step at or above `target` after which none is below `target` - `noise`."""
     for step in sorted(accuracies):
@@ -56,9 +76,38 @@ def steps_until(accuracies: dict[int, float], target: float, noise: float) -> in
     return None
 
 
-def first_and_last(curve: dict[str, list]) -> tuple[float, float]:
-    accuracies = validated(curve)
-    return accuracies[min(accuracies)], accuracies[max(accuracies)]
+def worse_p_value(only_teacher: int, only_student: int) -> float:
+    """Of McNemar's exact test: the chance of so many problems that only the teacher gets right, were both as good."""
+    count = only_teacher + only_student
+    return sum(math.comb(count, found) for found in range(only_teacher, count + 1)) / 2**count
+
+
+def steps_to_level(curve: dict[str, list]) -> int | None:
+    """The first step that is not worse than the teacher, and after which none is."""
+    columns = zip(curve["step"], curve["only_teacher"], curve["only_student"], strict=True)
+    p_values = {step: worse_p_value(teacher, student) for step, teacher, student in columns if teacher is not None}
+    for step in sorted(p_values):
+        later = [value for other, value in p_values.items() if other >= step]
+        if p_values[step] >= WORSE and min(later) >= LATER_WORSE:
+            return step
+    return None
+
+
+def cost(curve: dict[str, list], until: int | None) -> tuple[float | None, float | None]:
+    """Tokens generated and seconds of the training steps up to and with `until`; validation is in neither."""
+    if until is None:
+        return None, None
+    rows = [
+        (tokens, seconds)
+        for step, tokens, seconds in zip(curve["step"], curve["tokens"], curve["seconds"], strict=True)
+        if 0 < step <= until
+    ]
+    return sum(tokens for tokens, _ in rows), sum(seconds for _, seconds in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def runs_of(results: dict, method: str, seed: int | None = None, learning_rate: float | None = None) -> list[dict]:
@@ -71,11 +120,13 @@ def runs_of(results: dict, method: str, seed: int | None = None, learning_rate: 
 
 def best_learning_rate(results: dict, method: str) -> float:
     """Of seed 0, which every learning rate was tried with."""
+    return max(runs_of(results, method, seed=0), key=lambda run: mean_accuracy(run["curve"]))["learning_rate"]
 
-    def mean_accuracy(run: dict) -> float:
-        return statistics.fmean(validated(run["curve"]).values())
 
-    return max(runs_of(results, method, seed=0), key=mean_accuracy)["learning_rate"]
+def best_runs(results: dict, method: str) -> list[dict]:
+    """Every seed of `method` at its best learning rate."""
+    runs = runs_of(results, method, learning_rate=best_learning_rate(results, method))
+    return sorted(runs, key=lambda run: run["seed"])
 
 
 def teacher_curve(results: dict, seed: int) -> dict[str, list]:
@@ -84,47 +135,38 @@ def teacher_curve(results: dict, seed: int) -> dict[str, list]:
     return run["curve"]
 
 
-def cost(curve: dict[str, list], until: int) -> tuple[int, float]:
-    """Tokens generated and seconds of the training steps up to and with `until`; validation is in neither."""
-    rows = [
-        (tokens, seconds)
-        for step, tokens, seconds in zip(curve["step"], curve["tokens"], curve["seconds"], strict=True)
-        if 0 < step <= until
-    ]
-    return sum(tokens for tokens, _ in rows), sum(seconds for _, seconds in rows)
-
-
 def measure(results: dict, run: dict) -> dict:
-    """What one run contributes to the table."""
+    """A row of `summary`."""
+    curve = run["curve"]
     base, teacher = first_and_last(teacher_curve(results, run["seed"]))
-    accuracies = validated(run["curve"])
-    measured: dict[str, float | dict] = {"base": base, "teacher": teacher, "final": accuracies[max(accuracies)]}
-    for share in SHARES:
-        target = base + share * (teacher - base)
-        noise = 2 * standard_error(target, results["held_out"])
-        step = steps_until(accuracies, target, noise)
-        tokens, seconds = (None, None) if step is None else cost(run["curve"], step)
-        measured[f"{share:.0%}"] = {"steps": step, "tokens": tokens, "seconds": seconds}
+    target = base + SHARE * (teacher - base)
+    steps = {
+        "95%": steps_until(validated(curve), target, 2 * standard_error(target, results["held_out"])),
+        "level": steps_to_level(curve),
+    }
+    measured = {name: run[name] for name in ("method", "learning_rate", "seed")}
+    measured |= {"base": base, "teacher": teacher, "final": first_and_last(curve)[1]}
+    for milestone, step in steps.items():
+        tokens, seconds = cost(curve, step)
+        measured |= {f"steps_{milestone}": step, f"tokens_{milestone}": tokens, f"seconds_{milestone}": seconds}
     return measured
 
 
-def summarize(results: dict) -> dict[str, dict]:
-    """By method: its best learning rate, and the measurements of each of its seeds there."""
-    summary = {}
-    for method in results["methods"]:
-        if runs_of(results, method, seed=0):
-            learning_rate = best_learning_rate(results, method)
-            runs = sorted(runs_of(results, method, learning_rate=learning_rate), key=lambda run: run["seed"])
-            summary[method] = {"learning_rate": learning_rate, "seeds": [measure(results, run) for run in runs]}
-    return summary
+def summary(results: dict) -> pandas.DataFrame:
+    """A row for each method and seed at the method's best learning rate; NaN where a milestone was not reached."""
+    methods = [method for method in results["methods"] if runs_of(results, method, seed=0)]
+    rows = [measure(results, run) for method in methods for run in best_runs(results, method)]
+    frame = pandas.DataFrame(rows)
+    numbers = [name for name in frame if name != "method"]
+    return frame.astype(dict.fromkeys(numbers, float))
 
 
-def ratios(results: dict, share: float) -> list[float | None]:
-    """For each seed, the steps of GRPO over those of reverse KL."""
-    summary = summarize(results)
-    pairs = zip(summary["grpo"]["seeds"], summary["reverse_kl"]["seeds"], strict=False)
-    steps = [(rl[f"{share:.0%}"]["steps"], own[f"{share:.0%}"]["steps"]) for rl, own in pairs]
-    return [None if None in pair or 0 in pair else pair[0] / pair[1] for pair in steps]
+def speed_ups(results: dict, milestone: str) -> pandas.Series:
+    """By seed; NaN where one of the two did not get there."""
+    frame = summary(results).pivot(index="seed", columns="method", values=f"steps_{milestone}")
+    return (
+        (frame["grpo"] / frame["reverse_kl"]).dropna(how="all") if "reverse_kl" in frame else pandas.Series(dtype=float)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,92 +174,120 @@ def ratios(results: dict, share: float) -> list[float | None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def spread(values: list, form: str = "{:.0f}") -> str:
+def spread(values: pandas.Series, form: str = "{:.0f}") -> str:
     """Mean and, if the values differ, their range."""
-    if len(values) == 1 or min(values) == max(values):
-        return form.format(values[0])
-    return f"{form.format(statistics.fmean(values))} ({form.format(min(values))}–{form.format(max(values))})"
+    if len(values) == 1 or values.min() == values.max():
+        return form.format(values.iloc[0])
+    return f"{form.format(values.mean())} ({form.format(values.min())}–{form.format(values.max())})"
 
 
-def cell(results: dict, method: str, seeds: list[dict], share: float, key: str, form: str, scale: float = 1.0) -> str:
-    """Mean and range over seeds of a cost of `share` of the gain; "> steps" or a dash when a seed never got there."""
-    values = [seed[f"{share:.0%}"][key] for seed in seeds]
-    if None in values:
-        reached = sum(value is not None for value in values)
-        limit = f"> {results['methods'][method]['steps']}" if key == "steps" else "–"
-        return limit if reached == 0 else f"{limit} ({reached} of {len(values)} seeds got there)"
-    return spread([value * scale for value in values], form)
+def cell(values: pandas.Series, form: str, never: str) -> str:
+    """`never`, and how many got there, where a seed did not."""
+    if not values.isna().any():
+        return spread(values, form)
+    reached = values.notna().sum()
+    return never if reached == 0 else f"{never} ({reached} of {len(values)} seeds got there)"
+
+
+def table_row(results: dict, method: str, seeds: pandas.DataFrame) -> dict[str, str]:
+    never = f"> {results['methods'][method]['steps']}"
+    return {
+        "Method": results["methods"][method]["title"],
+        "Best lr": f"{seeds.learning_rate.iloc[0]:g}",
+        "Seeds": str(len(seeds)),
+        "Held-out accuracy at the end": f"{spread(100 * seeds.final, '{:.1f}')} %",
+        "Steps to 95 % of the gain": cell(seeds["steps_95%"], "{:.3g}", never),
+        "Steps to the teacher's level": cell(seeds.steps_level, "{:.3g}", never),
+        "Tokens generated to 95 %": cell(seeds["tokens_95%"] / 1000, "{:.1f} k", "–"),
+        "Seconds to 95 %": cell(seeds["seconds_95%"], "{:.0f}", "–"),
+    }
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    return pandas.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 
 def table(results: dict) -> str:
     """Markdown, one row a method."""
-    lines = [
-        "| Method | Best lr | Seeds | Held-out accuracy at the end | Steps to 95 % of the gain | Steps to 100 % "
-        "| Tokens generated to 95 % | Seconds to 95 % |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for method, row in summarize(results).items():
-        seeds = row["seeds"]
-        lines.append(
-            f"| {results['methods'][method]['title']} | {row['learning_rate']:g} | {len(seeds)} "
-            f"| {spread([100 * seed['final'] for seed in seeds], '{:.1f}')} % "
-            f"| {cell(results, method, seeds, 0.95, 'steps', '{:.3g}')} "
-            f"| {cell(results, method, seeds, 1.0, 'steps', '{:.3g}')} "
-            f"| {cell(results, method, seeds, 0.95, 'tokens', '{:.1f} k', 1e-3)} "
-            f"| {cell(results, method, seeds, 0.95, 'seconds', '{:.0f}')} |"
-        )
-    return "\n".join(lines)
+    by_method = summary(results).groupby("method", sort=False)
+    return markdown([table_row(results, method, seeds) for method, seeds in by_method])
 
 
 def grid_cell(results: dict, method: str, learning_rate: float) -> str:
     """Mean and last accuracy of seed 0, bold for the best learning rate; empty if there is no such run."""
     for run in runs_of(results, method, 0, learning_rate):
-        accuracies = validated(run["curve"])
-        text = f"{statistics.fmean(accuracies.values()):.1%}, {accuracies[max(accuracies)]:.1%}"
+        text = f"{mean_accuracy(run['curve']):.1%}, {first_and_last(run['curve'])[1]:.1%}"
         return f"**{text}**" if learning_rate == best_learning_rate(results, method) else text
     return ""
 
 
 def grid_table(results: dict) -> str:
     """Markdown: every learning rate of the grid with seed 0, by mean and last held-out accuracy."""
-    rates = results["learning_rates"]
-    lines = ["| Method | " + " | ".join(f"lr {rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
-    for method, described in results["methods"].items():
-        cells = [grid_cell(results, method, rate) for rate in rates]
-        if any(cells):
-            lines.append(f"| {described['title']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [
+        {"Method": about["title"]}
+        | {f"lr {rate:g}": grid_cell(results, method, rate) for rate in results["learning_rates"]}
+        for method, about in results["methods"].items()
+        if runs_of(results, method, seed=0)
+    ]
+    return markdown(rows)
 
 
-def ratio_text(results: dict, share: float) -> str:
-    values = ratios(results, share)
-    if None in values:
-        known = sum(value is not None for value in values)
-        return f"no ratio for {share:.0%} of the gain, which both reached with {known} of {len(values)} seeds"
-    return f"{spread(values, '{:.1f}')} × fewer steps to {share:.0%} of the gain"
+def speed_up_text(results: dict, milestone: str) -> str:
+    values, target = speed_ups(results, milestone), MILESTONES[milestone]
+    if values.isna().any():
+        return f"no ratio for {target}, which both reached with {values.notna().sum()} of {len(values)} seeds"
+    return f"{spread(values, '{:.1f}')} × fewer steps to {target}"
 
 
 def sentence(results: dict) -> str:
-    """The ratio in words."""
-    grpo = summarize(results)["grpo"]["seeds"]
-    before, after = (spread([100 * seed[name] for seed in grpo], "{:.1f}") for name in ("base", "teacher"))
+    """The speed-up in words."""
+    grpo = summary(results).query("method == 'grpo'")
+    before, after = (spread(100 * grpo[name], "{:.1f}") for name in ("base", "teacher"))
+    said = "; ".join(speed_up_text(results, milestone) for milestone in MILESTONES)
     return (
         f"GRPO takes held-out accuracy from {before} % to {after} % in {results['methods']['grpo']['steps']} steps. "
-        f"Reverse KL to that result, from the same base: {'; '.join(ratio_text(results, share) for share in SHARES)} "
+        f"Reverse KL to that result, from the same base: {said} "
         f"({'one seed' if len(grpo) == 1 else f'mean over {len(grpo)} seeds, range in parentheses'})."
     )
+
+
+def answer_tokens(results: dict) -> float:
+    """Mean length of the answers of the first GRPO run's last step, EOS included."""
+    return teacher_curve(results, 0)["tokens"][-1] / results["rollouts_per_step"]
+
+
+def task_row(results: dict) -> dict[str, str]:
+    """Of a task, for the table of all of them."""
+    frame = summary(results)
+    grpo, own = (frame[frame.method == method] for method in MAIN)
+    row = {
+        "Task": results["task"],
+        "Tokens an answer": f"{answer_tokens(results):.1f}",
+        "Base": f"{100 * grpo.base.iloc[0]:.1f} %",
+        "Teacher": f"{spread(100 * grpo.teacher, '{:.1f}')} %",
+        "Student": f"{spread(100 * own.final, '{:.1f}')} %",
+    }
+    for milestone, target in MILESTONES.items():
+        for title, seeds in (("GRPO", grpo), ("reverse KL", own)):
+            never = f"> {results['methods'][seeds.method.iloc[0]]['steps']}"
+            row[f"{title}: steps to {target}"] = cell(seeds[f"steps_{milestone}"], "{:.3g}", never)
+        row[f"Ratio, {target}"] = cell(speed_ups(results, milestone), "**{:.1f}**", "–")
+    return row
+
+
+def task_table(every_task: list[dict]) -> str:
+    return markdown([task_row(results) for results in every_task])
 
 
 def conditions(results: dict) -> str:
     model, machine, methods = results["model"], results["machine"], results["methods"]
     return (
         f"VERL {results['versions']['verl']}'s trainer on {machine['cores']} cores of {machine['cpu']}, no GPU; "
-        f"{model['type']} with {model['layers']} layers of width {model['hidden']}, two-digit addition, "
+        f"{model['type']} with {model['layers']} layers of width {model['hidden']}, {results['task']}, "
         f"{results['held_out']} held-out problems, greedy decoding; {results['rollouts_per_step']} rollouts and "
         f"{results['updates_per_step']} updates a step for every method; {results['optimizer']}, which is "
         f"{methods['grpo']['steps']} steps for GRPO and {methods['reverse_kl']['steps']} for all others; "
-        f"{results['jobs']} run{'s' * (results['jobs'] > 1)} at a time. The baselines are what VERL ships, as "
-        f"losses of this trainer; the top k is the top {results['top_k']}, as answers use eleven tokens in all."
+        f"{results['jobs']} run{'s' * (results['jobs'] > 1)} at a time."
     )
 
 
