@@ -30,7 +30,7 @@ from pathlib import Path
 
 import headline_results
 import pandas
-from headline_results import MAIN, MILESTONES, best_runs, first_and_last, runs_of, teacher_curve, validated
+from headline_results import MILESTONES, best_runs, first_and_last, runs_of, teacher_curve, validated
 from report import import_pyplot
 
 HERE = Path(__file__).resolve().parent
