@@ -244,13 +244,16 @@ def test_the_pictures_are_drawn(tmp_path):
 @pytest.mark.parametrize("task", headline.TASKS.values(), ids=list(headline.TASKS))
 def test_every_method_has_the_same_rollouts_and_updates(task, tmp_path):
     for name, method in headline.METHODS.items():
-        lines = headline.overrides(headline.Run(name, 3e-5, 2), task, tmp_path, tmp_path / "t")
+        teacher = None if method.teacher_step is None else tmp_path / "t"
+        sources = headline.Sources(tmp_path / "s", teacher)
+        lines = headline.overrides(headline.Run(name, 3e-5, 2), task, tmp_path, sources)
         given = dict(line.split("=", 1) for line in lines)
         prompts = int(given["data.train_batch_size"])
         assert prompts * int(given["actor_rollout_ref.rollout.n"]) == headline.ROLLOUTS
         assert prompts == headline.UPDATES * int(given["actor_rollout_ref.actor.ppo_mini_batch_size"])
         assert given["actor_rollout_ref.actor.optim.lr"] == "3e-05"
-        assert ("teacher.model.path" in given) is (name != "grpo")
+        assert given["actor_rollout_ref.model.path"] == str(tmp_path / "s")
+        assert ("teacher.model.path" in given) is (name not in ("grpo", "kl_then_grpo"))
         assert given["trainer.total_training_steps"] == str(method.steps)
 
 
@@ -276,27 +279,37 @@ def test_a_run_is_compared_with_its_teacher_problem_by_problem():
 
 
 def test_every_run_is_trained_once_in_the_order_of_its_teachers(tmp_path, monkeypatch):
-    trained = []
+    trained, sources = [], {}
     task = headline.TASKS["addition"]
 
-    def train_once(run, of_task, out, teacher):
-        trained.append((run.name, teacher and teacher.relative_to(out).parts[1]))
-        last = 0.9 if run.learning_rate == task.learning_rates[1] else 0.6
-        outcomes = {
-            step: [problem < 10 * share for problem in range(10)] for step, share in enumerate((0.4, 0.5, last))
-        }
-        measured = curve([0.4, 0.5, last])
+    def train_once(run, of_task, out, made_from):
+        trained.append(run.name)
+        sources[run.name] = [path and path.relative_to(out).parts for path in (made_from.start, made_from.teacher)]
+        accuracies = [0.4, 0.5, 0.9 if run.learning_rate == task.learning_rates[1] else 0.6]
+        outcomes = {step: [problem < 10 * share for problem in range(10)] for step, share in enumerate(accuracies)}
+        measured = curve(accuracies)
         return headline.Measured({key: measured[key] for key in ("step", "accuracy", "seconds", "tokens")}, outcomes)
 
     monkeypatch.setattr(headline, "train_once", train_once)
     experiment = headline.Experiment(task, tmp_path, tmp_path / "results" / "headline_addition.json", jobs=1)
     experiment.run(list(headline.METHODS), seeds=2)
-    best = f"{task.learning_rates[1]:g}"
+    best = f"lr{task.learning_rates[1]:g}"
     grid = len(task.learning_rates)
-    assert len(trained) == len(set(trained)) == grid * len(headline.METHODS) + 2
-    assert [teacher for _, teacher in trained[:grid]] == [None] * grid
-    assert {teacher for _, teacher in trained[grid:-2]} == {f"grpo-lr{best}-seed0"}
-    assert trained[-2:] == [(f"grpo-lr{best}-seed1", None), (f"reverse_kl-lr{best}-seed1", f"grpo-lr{best}-seed1")]
+    distilled, beyond = len(headline.DISTILLED), len(headline.BEYOND)
+    assert len(trained) == len(set(trained)) == grid * (1 + distilled) + 2 + 2 * beyond
+
+    def last(method, seed, step):
+        return ("runs", f"{method}-{best}-seed{seed}", "checkpoints", f"global_step_{step}", "actor", "huggingface")
+
+    for name in trained[:grid]:
+        assert sources[name] == [("base",), None]
+    for name in trained[grid : grid * (1 + distilled)]:
+        assert sources[name] == [("base",), last("grpo", 0, 70)]
+    assert trained[grid * (1 + distilled) :][:2] == [f"grpo-{best}-seed1", f"reverse_kl-{best}-seed1"]
+    assert sources[f"reverse_kl-{best}-seed1"] == [("base",), last("grpo", 1, 70)]
+    assert sources[f"weak_fade_35-{best}-seed1"] == [("base",), last("grpo", 1, 20)]
+    assert sources[f"full_half-{best}-seed0"] == [("base",), last("grpo", 0, 70)]
+    assert sources[f"kl_then_grpo-{best}-seed1"] == [last("reverse_kl", 1, 12), None]
     (written,) = headline_picture.read(tmp_path / "results").values()
     assert len(written["runs"]) == len(trained)
     teacher = headline_results.teacher_curve(written, 0)
@@ -307,14 +320,19 @@ def test_every_run_is_trained_once_in_the_order_of_its_teachers(tmp_path, monkey
 def test_a_finished_run_is_done_again_only_if_its_settings_or_its_teacher_changed(tmp_path):
     done, teacher = tmp_path / "measured.json", tmp_path / "teacher"
     measured = headline.Measured({"step": [0]}, {0: [True, False, True]})
-    assert headline.finished(done, ["lr=1"], None) is None
-    teacher.mkdir()
+    sources = headline.Sources(start=tmp_path / "start", teacher=teacher)
+    assert headline.finished(done, ["lr=1"], sources) is None
+    for path in (sources.start, teacher):
+        path.mkdir()
+        os.utime(path, (0, 0))
     done.write_text(json.dumps({"settings": ["lr=1"]} | measured.to_json()))
-    os.utime(teacher, (0, 0))
-    assert headline.finished(done, ["lr=1"], teacher) == measured
-    assert headline.finished(done, ["lr=2"], teacher) is None
-    os.utime(teacher, (2e9, 2e9))
-    assert headline.finished(done, ["lr=1"], teacher) is None
+    assert headline.finished(done, ["lr=1"], sources) == measured
+    assert headline.finished(done, ["lr=1"], headline.Sources(sources.start, None)) == measured
+    assert headline.finished(done, ["lr=2"], sources) is None
+    for path in (sources.start, teacher):
+        os.utime(path, (2e9, 2e9))
+        assert headline.finished(done, ["lr=1"], sources) is None
+        os.utime(path, (0, 0))
 
 
 def logits(seed, *shape):

@@ -20,6 +20,8 @@
 3. Each way of distilling that teacher back into the base, once for each learning rate of the grid.
 4. The main two, GRPO and reverse KL, again with other seeds at their best learning rates; each seed of GRPO is the
    teacher of that seed of reverse KL.
+5. Asked for by --methods: ways to go beyond the teacher, in as many steps as GRPO, at GRPO's best learning rate, every
+   seed.
 
 The tasks differ in the length of their answers. Every run is VERL's trainer as a user starts it, in a folder of its own
 below DIR/TASK/runs. A finished run is not done again unless its settings or its teacher have changed; an interrupted
@@ -38,7 +40,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +60,7 @@ LOSS = f"{ACTOR}.policy_loss"
 ROLLOUTS, UPDATES = 256, 16
 GRPO_STEPS, GRPO_SCORE_EVERY, GROUP = 70, 2, 8
 DISTILLATION_STEPS = 12
-KEPT_STEPS = (20,)  # of GRPO, beside the last: a weak teacher
+WEAK_TEACHER_STEP = 20  # of GRPO
 HELD_OUT = 2000
 LAYERS, MODEL_SEED = 3, 0
 BASE_MAX_STEPS = 20_000
@@ -157,15 +159,24 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Method:
-    """One curve: its name in tables, overrides of the trainer's configuration, responses to a prompt, steps,
-    and steps from one that is scored on the held-out problems to the next."""
+    """One curve.
+
+    Args:
+        title: in tables.
+        overrides: of the trainer's configuration.
+        responses: to a prompt.
+        score_every: steps from one that is scored on the held-out problems to the next.
+        teacher_step: of the GRPO run with the same seed; None: no teacher.
+        start: the method whose last step this one goes on from, instead of the base.
+    """
 
     title: str
     overrides: tuple[str, ...]
     responses: int = 1
     steps: int = DISTILLATION_STEPS
     score_every: int = 1
-    has_teacher: bool = True
+    teacher_step: int | None = GRPO_STEPS
+    start: str | None = None
 
 
 def pure(title: str, distillation_type: str, *more: str) -> Method:
@@ -179,8 +190,27 @@ def hybrid(title: str, *more: str, responses: int) -> Method:
     return Method(title, (*common, *more), responses=responses)
 
 
-METHODS = {
-    "grpo": Method("GRPO", ("algorithm.adv_estimator=grpo",), GROUP, GRPO_STEPS, GRPO_SCORE_EVERY, has_teacher=False),
+def grpo(title: str, steps: int, start: str | None = None) -> Method:
+    chosen = ("algorithm.adv_estimator=grpo",)
+    return Method(title, chosen, GROUP, steps, GRPO_SCORE_EVERY, teacher_step=None, start=start)
+
+
+def beyond(title: str, teacher_step: int, *more: str) -> Method:
+    """Hybrid with RL's whole weight, for as many steps as RL."""
+    method = hybrid(title, f"{LOSS}.hybrid_lambda_rl=1.0", *more, responses=GROUP)
+    return replace(method, steps=GRPO_STEPS, score_every=GRPO_SCORE_EVERY, teacher_step=teacher_step)
+
+
+def falling(weight: float, steps: int) -> tuple[str, ...]:
+    return (
+        f"{LOSS}.hybrid_lambda_distill={weight}",
+        f"{LOSS}.hybrid_lambda_distill_schedule=linear",
+        f"{LOSS}.hybrid_lambda_distill_steps={steps}",
+    )
+
+
+# Those of the grid: every learning rate.
+DISTILLED = {
     "reverse_kl": pure("reverse KL", "reverse_kl"),
     "forward_kl": pure("forward KL", "forward_kl"),
     "gkd": pure("gkd, beta 0.5", "gkd", f"{LOSS}.distillation_beta=0.5"),
@@ -198,6 +228,17 @@ METHODS = {
         responses=1,
     ),
 }
+# Those that can end above the teacher: RL with help, in RL's number of steps.
+BEYOND = {
+    "weak_fade_35": beyond("hybrid, weak teacher, weight 1 to 0 in 35 steps", WEAK_TEACHER_STEP, *falling(1.0, 35)),
+    "weak_fade_15": beyond("hybrid, weak teacher, weight 1 to 0 in 15 steps", WEAK_TEACHER_STEP, *falling(1.0, 15)),
+    "full_fade_35": beyond("hybrid, weight 1 to 0 in 35 steps", GRPO_STEPS, *falling(1.0, 35)),
+    "full_half": beyond("hybrid, constant weight 0.5", GRPO_STEPS, f"{LOSS}.hybrid_lambda_distill=0.5"),
+    "kl_then_grpo": grpo(
+        f"reverse KL for {DISTILLATION_STEPS} steps, then GRPO", GRPO_STEPS - DISTILLATION_STEPS, start="reverse_kl"
+    ),
+}
+METHODS = {"grpo": grpo("GRPO", GRPO_STEPS), **DISTILLED, **BEYOND}
 
 
 @dataclass(frozen=True)
@@ -211,12 +252,24 @@ class Run:
         return f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
-def overrides(run: Run, task: Task, out: Path, teacher: Path | None) -> list[str]:
+@dataclass(frozen=True)
+class Sources:
+    """The checkpoints that a run needs: where it starts, and its teacher."""
+
+    start: Path
+    teacher: Path | None
+
+    @property
+    def changed_at(self) -> float:
+        return max(path.stat().st_mtime for path in (self.start, self.teacher) if path is not None)
+
+
+def overrides(run: Run, task: Task, out: Path, sources: Sources) -> list[str]:
     """What is said to VERL's trainer, beside what the machine needs."""
     method = METHODS[run.method]
     prompts = ROLLOUTS // method.responses
     return [
-        f"actor_rollout_ref.model.path={out}/base",
+        f"actor_rollout_ref.model.path={sources.start}",
         f"data.train_files={out}/train.parquet",
         f"data.val_files={out}/test.parquet",  # wanted by VERL, not used
         f"data.max_prompt_length={task.prompt_tokens}",
@@ -243,7 +296,7 @@ def overrides(run: Run, task: Task, out: Path, teacher: Path | None) -> list[str
         "trainer.logger=[file]",
         "trainer.project_name=headline",
         f"trainer.experiment_name={run.name}",
-        *([f"teacher.model.path={teacher}"] if method.has_teacher else []),
+        *([f"teacher.model.path={sources.teacher}"] if sources.teacher else []),
         *method.overrides,
     ]
 
@@ -257,23 +310,19 @@ def checkpoint(run: Run, out: Path, step: int) -> Path:
     return out / "runs" / run.name / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface"
 
 
-def final_checkpoint(run: Run, out: Path) -> Path:
-    return checkpoint(run, out, METHODS[run.method].steps)
-
-
 def held_out_outcomes(path: Path, task: Task, out: Path) -> list[bool]:
     """Which held-out problems the checkpoint at `path` gets right, decoding greedily."""
     scores = arithmetic.scores(path, out / "test.parquet", task.reward, task.answer_tokens)
     return [score == 1.0 for score in scores]
 
 
-def score_checkpoints(run: Run, task: Task, out: Path) -> dict[int, list[bool]]:
-    """Outcomes by step, 0 being the base. Removes the checkpoints that no later run needs."""
+def score_checkpoints(run: Run, task: Task, out: Path, start: Path) -> dict[int, list[bool]]:
+    """Outcomes by step, 0 being `start`. Removes the checkpoints that no later run needs."""
     method = METHODS[run.method]
     scored = range(method.score_every, method.steps + 1, method.score_every)
-    outcomes = {0: held_out_outcomes(out / "base", task, out)}
+    outcomes = {0: held_out_outcomes(start, task, out)}
     outcomes |= {step: held_out_outcomes(checkpoint(run, out, step), task, out) for step in scored}
-    for step in {*scored} - {method.steps, *KEPT_STEPS}:
+    for step in {*scored} - {method.steps, WEAK_TEACHER_STEP}:
         shutil.rmtree(out / "runs" / run.name / "checkpoints" / f"global_step_{step}")
     return outcomes
 
@@ -298,20 +347,20 @@ class Measured:
         return cls(saved["curve"], outcomes)
 
 
-def finished(done: Path, settings: list[str], teacher: Path | None) -> Measured | None:
-    """What is in `done`, if it is of a run with these settings and with the teacher that is there now."""
-    if not done.exists() or (teacher is not None and teacher.stat().st_mtime > done.stat().st_mtime):
+def finished(done: Path, settings: list[str], sources: Sources) -> Measured | None:
+    """What is in `done`, if it is of a run with these settings and with the checkpoints that are there now."""
+    if not done.exists() or sources.changed_at > done.stat().st_mtime:
         return None
     saved = json.loads(done.read_text())
     return Measured.from_json(saved) if saved["settings"] == settings else None
 
 
-def train_once(run: Run, task: Task, out: Path, teacher: Path | None) -> Measured:
+def train_once(run: Run, task: Task, out: Path, sources: Sources) -> Measured:
     """What was measured of `run`, which is trained unless that has been done."""
     folder = out / "runs" / run.name
     done = folder / "measured.json"
-    settings = overrides(run, task, out, teacher)
-    measured = finished(done, settings, teacher)
+    settings = overrides(run, task, out, sources)
+    measured = finished(done, settings, sources)
     if measured is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -322,7 +371,7 @@ def train_once(run: Run, task: Task, out: Path, teacher: Path | None) -> Measure
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         train(folder, METHODS[run.method].steps, command, environment, label=f"{out.name} {run.name}   ")
-        outcomes = score_checkpoints(run, task, out)
+        outcomes = score_checkpoints(run, task, out, sources.start)
         measured = Measured(curve(read_run(folder), outcomes), outcomes)
         done.write_text(json.dumps({"settings": settings} | measured.to_json()) + "\n")
     return measured
@@ -445,14 +494,14 @@ class Experiment:
         last = teacher.outcomes[max(teacher.outcomes)]
         return measured.curve | against_teacher(measured.curve, measured.outcomes, last)
 
-    def train(self, runs: list[tuple[Run, Path | None]]) -> None:
-        """Train runs, each with its teacher, that do not depend on each other."""
+    def train(self, runs: Sequence[Run]) -> None:
+        """Train runs that do not depend on each other."""
 
-        def one(pair: tuple[Run, Path | None]) -> Measured:
-            return train_once(pair[0], self.task, self.out, pair[1])
+        def one(run: Run) -> Measured:
+            return train_once(run, self.task, self.out, self.sources(run))
 
         with ThreadPoolExecutor(self.jobs) as pool:
-            for (run, _), measured in zip(runs, pool.map(one, runs), strict=True):
+            for run, measured in zip(runs, pool.map(one, runs), strict=True):
                 self.measured[run] = measured
                 self.results_path.parent.mkdir(parents=True, exist_ok=True)
                 headline_results.write(self.results, self.results_path)
@@ -464,17 +513,24 @@ class Experiment:
     def teacher_run(self, seed: int) -> Run:
         return Run("grpo", self.best("grpo"), seed)
 
-    def teacher(self, seed: int) -> Path:
-        return final_checkpoint(self.teacher_run(seed), self.out)
+    def sources(self, run: Run) -> Sources:
+        method = METHODS[run.method]
+        start, teacher = self.out / "base", None
+        if method.start is not None:
+            before = Run(method.start, self.best(method.start), run.seed)
+            start = checkpoint(before, self.out, METHODS[method.start].steps)
+        if method.teacher_step is not None:
+            teacher = checkpoint(self.teacher_run(run.seed), self.out, method.teacher_step)
+        return Sources(start, teacher)
 
     def run(self, methods: Sequence[str], seeds: int) -> None:
         rates = self.task.learning_rates
-        self.train([(Run("grpo", rate, 0), None) for rate in rates])
-        distilled = [name for name in methods if METHODS[name].has_teacher]
-        self.train([(Run(name, rate, 0), self.teacher(0)) for name in distilled for rate in rates])
-        self.train([(self.teacher_run(seed), None) for seed in range(1, seeds)])
-        again = [Run("reverse_kl", self.best("reverse_kl"), seed) for seed in range(1, seeds)]
-        self.train([(run, self.teacher(run.seed)) for run in again])
+        self.train([Run("grpo", rate, 0) for rate in rates])
+        self.train([Run(name, rate, 0) for name in methods if name in DISTILLED for rate in rates])
+        self.train([self.teacher_run(seed) for seed in range(1, seeds)])
+        self.train([Run("reverse_kl", self.best("reverse_kl"), seed) for seed in range(1, seeds)])
+        beyond = [name for name in methods if name in BEYOND]
+        self.train([Run(name, self.best("grpo"), seed) for name in beyond for seed in range(seeds)])
 
 
 def main() -> None:

@@ -43,7 +43,8 @@ DEFINITIONS = (
     "binomial standard errors of the held-out set. Steps to the teacher's level: the first step that McNemar's exact "
     "one-sided test on the held-out problems does not call worse than the teacher at 5 %, and after which it calls "
     "none worse at 1 %. The best learning rate is the one of the grid with the highest mean accuracy over the run. "
-    "Numbers of several seeds are their mean and range. Tokens and seconds are those of training steps, without validation."
+    "Numbers of several seeds are their mean and range. Tokens and seconds are those of training steps, without "
+    "validation."
 )
 
 
