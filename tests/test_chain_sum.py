@@ -22,13 +22,15 @@ import chain_sum  # noqa: E402
 
 
 def test_the_working_is_that_of_python():
+    assert chain_sum.with_working("5+9-7-9") == ("5+9-7-9=", "5+9=14-7=7-9=-2")
     taught, _ = chain_sum.problems(terms=7, seed=0, count=50, held_out=10)
     for expression in taught:
         question, answer = chain_sum.with_working(expression)
-        assert question == f"{expression}=" and len(expression) == 13
-        sums = [eval(expression[: 2 * terms - 1]) for terms in range(2, 8)]
-        assert answer == ",".join(map(str, sums))
-        assert chain_sum.with_result(expression) == (question, str(sums[-1]))
+        first, *steps = answer.split("=")
+        totals = [eval(expression[: 2 * terms - 1]) for terms in range(2, 8)]
+        assert eval(first) == totals[0]
+        assert [eval(step) for step in steps[:-1]] == totals[1:]  # "14-7" of "5+9=14-7=7"
+        assert chain_sum.with_result(expression) == (question, str(totals[-1]))
 
 
 def test_no_problem_is_held_out_and_trained_on_or_held_out_twice():
@@ -39,7 +41,16 @@ def test_no_problem_is_held_out_and_trained_on_or_held_out_twice():
 
 @pytest.mark.parametrize(
     "answer, score",
-    [("14,7,-2", 1.0), ("1,1,-2", 1.0), ("-2", 1.0), ("14,7,-2,", 0.0), ("14,7,2", 0.0), ("14,7,-21", 0.0), ("", 0.0)],
+    [
+        ("5+9=14-7=7-9=-2", 1.0),
+        ("1=-2", 1.0),
+        ("-2", 1.0),
+        ("5+9=14-7=7-9=-2=", 0.0),
+        ("5+9=14-7=7-9=2", 0.0),
+        ("5+9=14-7=7-9=-21", 0.0),
+        ("5+9=14-7=7-9", 0.0),
+        ("", 0.0),
+    ],
 )
 def test_the_last_number_is_what_is_judged(answer, score):
     assert chain_sum.compute_score("chain_sum", answer, "-2") == score
@@ -50,7 +61,7 @@ def test_another_task_s_answer_is_refused():
         chain_sum.compute_score("gsm8k", "1", "1")
 
 
-@pytest.mark.parametrize("terms", [2, 7, 12])
+@pytest.mark.parametrize("terms", [2, 4, 8])
 def test_no_right_answer_is_longer_than_its_bound(terms):
     longest = max("9" + "+9" * (terms - 1), "0" + "-9" * (terms - 1), key=lambda e: len(chain_sum.with_working(e)[1]))
     expressions = [longest, *chain_sum.expressions(terms, 0, 200)]
@@ -59,7 +70,7 @@ def test_no_right_answer_is_longer_than_its_bound(terms):
 
 
 def test_the_headline_s_tasks_have_room_for_every_answer():
-    for terms in (7, 12):
+    for terms in (4, 8):
         task = headline.TASKS[f"chain_sum_{terms}"]
         assert task.answer_tokens == chain_sum.answer_tokens(terms)
         assert task.prompt_tokens == 2 * terms

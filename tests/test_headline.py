@@ -78,8 +78,8 @@ def test_the_p_value_is_that_of_fair_coins(pair):
 
 
 def test_the_p_value_of_many_problems_is_the_normal_one():
-    deviation = (600 - 500 - 0.5) / math.sqrt(1000 / 4)
-    assert worse_p_value(600, 400) == pytest.approx(math.erfc(deviation / math.sqrt(2)) / 2, rel=0.05)
+    deviation = (530 - 500 - 0.5) / math.sqrt(1000 / 4)
+    assert worse_p_value(530, 470) == pytest.approx(math.erfc(deviation / math.sqrt(2)) / 2, rel=0.01)
 
 
 @pytest.mark.parametrize(

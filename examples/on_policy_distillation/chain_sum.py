@@ -13,12 +13,12 @@
 # limitations under the License.
 """reasoning-gym's task `chain_sum`, answered with its working: the headline's long answers.
 
-Problems and verifier are reasoning-gym's. The base is taught to write every partial sum before the result:
+Problems and verifier are reasoning-gym's. The base is taught to add one term at a time, as on paper:
 
-    question  5+9-7-9+1+9=
-    answer    14,7,-2,-1,8
+    question  5+9-7-9=
+    answer    5+9=14-7=7-9=-2
 
-Each sum can go wrong, and what follows is then wrong too. The verifier judges the last number alone.
+Each term and each sum can go wrong, and what follows is then wrong too. The verifier judges the last number alone.
 
 VERL reads the reward from this file: `reward.custom_reward_function.path=chain_sum.py`.
 """
@@ -49,7 +49,8 @@ def partial_sums(expression: str) -> list[int]:
 
 
 def with_working(expression: str) -> tuple[str, str]:
-    return f"{expression}=", ",".join(map(str, partial_sums(expression)))
+    terms = zip(expression[1::2], expression[2::2], partial_sums(expression), strict=True)
+    return f"{expression}=", expression[0] + "".join(f"{operator}{digit}={total}" for operator, digit, total in terms)
 
 
 def with_result(expression: str) -> tuple[str, str]:
@@ -65,9 +66,9 @@ def problems(terms: int, seed: int, count: int, held_out: int) -> tuple[list[str
 
 
 def answer_tokens(terms: int) -> int:
-    """The most that a right answer takes, a token a character: the sums, commas between them, EOS."""
+    """The most that a right answer takes, a token a character: the terms, the sums, EOS."""
     longest = (max(len(str(9 * added)), len(str(-9 * (added - 1)))) for added in range(2, terms + 1))
-    return sum(1 + digits for digits in longest)
+    return 2 + sum(3 + digits for digits in longest)
 
 
 @cache
@@ -82,5 +83,5 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
     """
     if data_source != DATA_SOURCE:
         raise ValueError(f"this reward scores {DATA_SOURCE!r}, not {data_source!r}")
-    result = solution_str.rsplit(",", 1)[-1]
+    result = solution_str.rsplit("=", 1)[-1]
     return float(_verifier().score_answer(result, {"answer": ground_truth}) == 1.0)

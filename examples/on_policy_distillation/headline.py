@@ -135,7 +135,7 @@ def chain_sum(terms: int, answer_tokens: int) -> Task:
         hidden=128,
         base_share=0.5,
         base_learning_rate=1e-3,
-        learning_rates=(2e-5, 6e-5, 2e-4),
+        learning_rates=(1.5e-5, 5e-5, 1.5e-4),
     )
 
 
@@ -152,8 +152,8 @@ TASKS = {
         base_learning_rate=7e-4,
         learning_rates=(7e-6, 2e-5, 6e-5),
     ),
-    "chain_sum_7": chain_sum(terms=7, answer_tokens=23),
-    "chain_sum_12": chain_sum(terms=12, answer_tokens=43),
+    "chain_sum_4": chain_sum(terms=4, answer_tokens=19),
+    "chain_sum_8": chain_sum(terms=8, answer_tokens=43),
 }
 
 
@@ -536,7 +536,7 @@ class Experiment:
 def main() -> None:
     root = HERE.parent.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, default="chain_sum_7")
+    parser.add_argument("--task", choices=TASKS, default="chain_sum_4")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=MAIN, help=f"default: {' '.join(MAIN)}")
     parser.add_argument(
         "--out", type=Path, default=root / "runs" / "headline", help="models, data and runs of each task"

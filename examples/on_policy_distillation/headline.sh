@@ -6,7 +6,7 @@
 # Sets up what it needs (.venv, reasoning-gym in it), makes the base model and the data in code, trains every run of
 # headline.py, N jobs at a time (default: 2), and ends with a table. FOLDER (default: runs/headline) receives models, data
 # and runs; FILE (default: FOLDER/TASK/results.json) what was measured. Run again, it does only what is not finished.
-# --task: chain_sum_7 (default), chain_sum_12 or addition. --seeds 1 is the quickest. headline.py --help has the rest.
+# --task: chain_sum_4 (default), chain_sum_8 or addition. --seeds 1 is the quickest. headline.py --help has the rest.
 # To renew the committed results: --results examples/on_policy_distillation/results/headline_TASK.json, then
 # .venv/bin/python examples/on_policy_distillation/headline_picture.py and scripts/make_patch.py
 # It runs on the CPU, as the models are small.

@@ -36,7 +36,7 @@ from report import import_pyplot
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
-README_TASK = "chain_sum_7"
+README_TASK = "chain_sum_4"
 COLOURS = {
     "grpo": "tab:gray",
     "reverse_kl": "tab:red",
