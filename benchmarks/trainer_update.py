@@ -58,12 +58,12 @@ QWEN3 = {
 POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 PROMPT_TOKENS = 16
 # In place of what tests/engine_process.py sets for a processor: VERL's defaults.
-ON_CUDA = [
-    "trainer.device=cuda",
+BFLOAT16 = [
     "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16",
     "teacher.fsdp_config.model_dtype=bf16",
     "teacher.payload_dtype=bfloat16",
 ]
+ON_CUDA = ["trainer.device=cuda", *BFLOAT16]
 # VERL's own distillation without rewards, from one teacher on one GPU of its own.
 VERL_TOPK = [
     "distillation.enabled=True",
