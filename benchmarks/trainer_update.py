@@ -317,7 +317,7 @@ def run(args: argparse.Namespace) -> None:
     print(text)
 
 
-def main() -> None:
+def arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "serve"))
     parser.add_argument("kinds", nargs="*", default=list(KINDS), help="default: pure grpo; `teachers` are all others")
@@ -333,8 +333,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     args.kinds = list(TEACHERS) if args.kinds == ["teachers"] else args.kinds
+    return args
+
+
+def main() -> None:
+    args = arguments(sys.argv[1:])
     if args.command == "serve":
         serve(args.kinds[0], args)
     else:
