@@ -50,7 +50,7 @@ import headline_results
 from baselines import FORWARD_KL_TOPK, SAMPLED_K1, TOP_K
 from headline_results import MAIN
 from metrics import StepMetrics, read_run
-from progress import end_with_trainers, train
+from progress import end_with_trainers, overrides_of, train
 
 HERE = Path(__file__).resolve().parent
 ACTOR = "actor_rollout_ref.actor"
@@ -301,11 +301,6 @@ def overrides(run: Run, task: Task, out: Path, sources: Sources) -> list[str]:
     ]
 
 
-def machine_overrides() -> list[str]:
-    lines = (HERE / "cpu_overrides.txt").read_text().splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
-
-
 def checkpoint(run: Run, out: Path, step: int) -> Path:
     return out / "runs" / run.name / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface"
 
@@ -364,7 +359,7 @@ def train_once(run: Run, task: Task, out: Path, sources: Sources) -> Measured:
     if measured is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        command = [sys.executable, "-m", "verl.trainer.main_on_policy_distillation", *machine_overrides(), *settings]
+        command = [sys.executable, "-m", "verl.trainer.main_on_policy_distillation", *overrides_of("cpu"), *settings]
         environment = {
             "VERL_PLATFORM": "cpu",
             "VERL_USE_EXTERNAL_MODULES": "verl_on_policy_distillation,baselines_plugin",
