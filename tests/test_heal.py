@@ -246,7 +246,7 @@ def test_the_whole_script_heals(tmp_path):
     model, out = language_model(tmp_path / "model"), tmp_path / "out"
     command = [sys.executable, str(ROOT / "examples" / "on_policy_distillation" / "heal.py"), str(model), str(out)]
     rate = "actor_rollout_ref.actor.optim.lr=2e-3"
-    done = subprocess.run([*command, "--steps", "2", rate], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--steps", "2", rate], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results, record = (json.loads((out / name).read_text()) for name in ("results.json", "heal.json"))
     assert results["dropped"] == [1, 2, 3] and "without layers 1, 2, 3 (counted from 0)" in done.stdout
