@@ -342,7 +342,7 @@ def test_hybrid_lowers_the_divergence_on_two_ranks(hybrid):
     assert hybrid[1]["distillation/loss"] < hybrid[1]["distillation/kl"]  # the JSD is bounded by log 2
 
 
-def test_the_weight_of_the_divergence_falls_from_step_to_step(hybrid):
+def test_hybrid_s_weight_of_the_divergence_falls_from_step_to_step(hybrid):
     weights = [hybrid[step]["distillation/lambda_distill"] for step in range(1, 7)]
     assert weights == pytest.approx([0.5, 0.475, 0.45, 0.425, 0.4, 0.375])
 
