@@ -39,7 +39,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -540,9 +540,9 @@ def describe(result: dict) -> str:
     return f"{result['seconds']:.3f} s, {result['extra_bytes'] / 1e6:.0f} MB"
 
 
-def command_line(script: str) -> str:
+def command_line(script: str, words: Sequence[str]) -> str:
     """What was called, less where the results went."""
-    words = sys.argv[1:]
+    words = list(words)
     if "--output" in words:
         at = words.index("--output")
         del words[at : at + 2]
@@ -559,7 +559,8 @@ def write(path: Path, facts: dict, rows: list[dict]) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    this_run = {"command": command_line("benchmarks/run.sh"), "machine": machine(options.device, options.threads)}
+    this_run: dict = {"command": command_line("benchmarks/run.sh", options.words)}
+    this_run["machine"] = machine(options.device, options.threads)
     heads = Sizes(options.vocab, options.student_width, options.teacher_width, options.dtype, options.device)
     memory, sizes = heads.share_weights(), asdict(heads)
     path = options.output
@@ -584,7 +585,7 @@ def run(options: argparse.Namespace) -> None:
     say(f"wrote {path.name}")
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: benchmarks/gpu/run.sh")
@@ -598,7 +599,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", help="default float32, on CUDA bfloat16")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=Path, default=RESULTS / "linear_divergence_cpu.json")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
+    options.words = words
     is_cuda = options.device == "cuda"
     options.tokens = options.tokens or ([8192] if is_cuda else [512, 2048])
     options.repeats = options.repeats or [5]
@@ -611,7 +613,7 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parsed = arguments()
+    parsed = arguments(sys.argv[1:])
     if parsed.worker:
         serve(parsed.worker, parsed.threads)
     else:

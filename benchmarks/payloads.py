@@ -33,6 +33,7 @@ Two pairs of student and teacher, whose distributions have 1 nat of entropy in t
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,7 +151,7 @@ def main() -> None:
     for name in options.pairs:
         pair = PAIRS[name](options)
         results[name] = {
-            "command": command_line("benchmarks/run.sh --payloads"),
+            "command": command_line("benchmarks/run.sh --payloads", sys.argv[1:]),
             "machine": machine("cpu", options.threads),
             "sizes": {"n": options.tokens, "vocab": options.vocab},
             "kept_width": options.kept_width,

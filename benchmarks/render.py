@@ -404,6 +404,34 @@ def chunkings(sweep: dict[tuple, list[dict]]) -> str:
     return table(["size, type", "its own, ms (extra GiB)", "best, ms (extra GiB)", "the best"], rows)
 
 
+def gpu_engine(step: dict) -> str:
+    """A row for each case that was compared with another; the others are what is compared with."""
+    rows = []
+    for row in step["rows"]:
+        if "error" in row:
+            rows.append([row["case"], row["error"], *["—"] * 4])
+        elif "against" in row:
+            cells = [f"{row[name]:.1e}" for name in ("loss_error", "gradient_error", "bound")]
+            cells += [number(row[name]) for name in ("after_start_mb", "after_update_mb")]
+            rows.append([f"{row['case']}{'' if row['is_right'] else ' (wrong)'}", *cells])
+    header = ["case", "error of the loss", "of the gradients", "bound", "after the start, MB", "after the update, MB"]
+    what = "VERL's engine without Ray, head against whole logits, those in bfloat16 against float32:"
+    return f"{what}\n\n{table(header, rows)}"
+
+
+def gpu_trainer(step: dict) -> str:
+    if step["is_dry_run"]:
+        composed = ", ".join(row["machine"] for row in step["rows"])
+        return f"The quickstart through Ray: its configuration was composed for {composed}; nothing was trained."
+    phases = sorted({name for row in step["rows"] for name in row["phases"]})
+    values = {"KL, nats": [row["kl"] for row in step["rows"]]}
+    values |= {f"{name}, s": [row["phases"].get(name) for row in step["rows"]] for name in phases}
+    rows = [[name, *("—" if value is None else number(value) for value in line)] for name, line in values.items()]
+    header = ["", *(f"step {row['step']}" for row in step["rows"])]
+    what = f"The quickstart through Ray, with its settings for {step['machine_overrides']}:"
+    return f"{what}\n\n{table(header, rows)}"
+
+
 def gpu_update(step: dict) -> str:
     facts = step["trainer_update"]
     titles = {"pure": "pure distillation", "verl_topk": "VERL's own top-64 distillation", "grpo": "GRPO"}
@@ -418,7 +446,9 @@ GPU_PARTS = {
     "kernel": gpu_kernel,
     "bandwidth": gpu_bandwidth,
     "head": gpu_head,
+    "engine": gpu_engine,
     "update": gpu_update,
+    "trainer": gpu_trainer,
 }
 
 

@@ -30,6 +30,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -230,7 +231,7 @@ def main() -> None:
         options.tokens, options.vocab, (options.student_width, options.teacher_width), options.decay
     )
     facts = {
-        "command": command_line("benchmarks/run.sh --sparse"),
+        "command": command_line("benchmarks/run.sh --sparse", sys.argv[1:]),
         "machine": machine("cpu", options.threads),
         "sizes": {"n": options.tokens, "vocab": options.vocab}
         | {"student_width": options.student_width, "teacher_width": options.teacher_width},

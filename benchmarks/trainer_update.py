@@ -58,12 +58,12 @@ QWEN3 = {
 POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 PROMPT_TOKENS = 16
 # In place of what tests/engine_process.py sets for a processor: VERL's defaults.
-ON_CUDA = [
-    "trainer.device=cuda",
+BFLOAT16 = [
     "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16",
     "teacher.fsdp_config.model_dtype=bf16",
     "teacher.payload_dtype=bfloat16",
 ]
+ON_CUDA = ["trainer.device=cuda", *BFLOAT16]
 # VERL's own distillation without rewards, from one teacher on one GPU of its own.
 VERL_TOPK = [
     "distillation.enabled=True",
@@ -317,7 +317,7 @@ def run(args: argparse.Namespace) -> None:
     print(text)
 
 
-def main() -> None:
+def arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "serve"))
     parser.add_argument("kinds", nargs="*", default=list(KINDS), help="default: pure grpo; `teachers` are all others")
@@ -333,8 +333,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     args.kinds = list(TEACHERS) if args.kinds == ["teachers"] else args.kinds
+    return args
+
+
+def main() -> None:
+    args = arguments(sys.argv[1:])
     if args.command == "serve":
         serve(args.kinds[0], args)
     else:

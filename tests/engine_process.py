@@ -20,12 +20,14 @@ the checkpoints, and the batch as lists of token ids.
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 from dense_oracle import FLAGS, DenseOracle
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torch.distributed.tensor import DTensor
 
@@ -130,11 +132,29 @@ def payload_of(actor, rows):
     return signal.values.dtype, signal.values.shape[-1], signal.values.nbytes
 
 
-def run_case(overrides, batch, rank, world_size):
+class Started(NamedTuple):
+    """Of one case: the workers with their models, and what its update is called with."""
+
+    config: DictConfig
+    actor: ActorRolloutRefWorker
+    loss_function: Callable
+    flags: dict[str, bool]
+
+
+def start(overrides):
     is_dense = DENSE in overrides
     config = compose_config([override for override in overrides if override != DENSE])
     torch.manual_seed(0)  # adapters start at random
-    actor, loss_function, flags = make_actor(config, is_dense)
+    return Started(config, *make_actor(config, is_dense))
+
+
+def run_case(overrides, batch, rank, world_size):
+    return update(start(overrides), batch, rank, world_size)
+
+
+def update(started, batch, rank, world_size):
+    """Loss, metrics and gradients of one update, less its optimizer's step."""
+    config, actor, loss_function, flags = started
     data = local_batch(batch, rank, world_size)
     if not config.actor_rollout_ref.actor.use_kl_loss:
         del data["ref_log_prob"]

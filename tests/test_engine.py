@@ -382,6 +382,23 @@ def assert_same_gradients(got, expected, tolerance):
         assert error <= tolerance * scale, f"{name}: {error} > {tolerance} * {scale}"
 
 
+def assert_same_update(fused, dense, tolerance):
+    """Of two heads: loss, metrics and every gradient."""
+    assert fused["loss"] == pytest.approx(dense["loss"], rel=tolerance)
+    assert fused["metrics"].keys() == dense["metrics"].keys()
+    for name in ("kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement", "loss"):
+        name = f"distillation/{name}"
+        assert fused["metrics"][name] == pytest.approx(dense["metrics"][name], rel=tolerance), name
+    assert_same_gradients(fused["gradients"], dense["gradients"], tolerance)
+
+
+def assert_rounded_update(rounded, exact, loss_tolerance, gradient_tolerance):
+    """In 16 bits, and in float32."""
+    assert rounded["loss"] != exact["loss"]  # or nothing was rounded
+    assert rounded["loss"] == pytest.approx(exact["loss"], rel=loss_tolerance)
+    assert_same_gradients(rounded["gradients"], exact["gradients"], gradient_tolerance)
+
+
 REFERENCES = {
     "reverse_kl": {},
     "dense": {},
@@ -545,22 +562,14 @@ def test_an_adapted_student_has_gradients_at_its_adapters_only(one_rank):
     ],
 )
 def test_a_fused_head_gives_the_dense_heads_loss_metrics_and_gradients(fused, dense, one_rank):
-    fused, dense = one_rank[fused], one_rank[dense]
-    assert fused["loss"] == pytest.approx(dense["loss"], rel=1e-5)
-    assert fused["metrics"].keys() == dense["metrics"].keys()
-    for name in ("kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement", "loss"):
-        name = f"distillation/{name}"
-        assert fused["metrics"][name] == pytest.approx(dense["metrics"][name], rel=1e-5), name
-    assert_same_gradients(fused["gradients"], dense["gradients"], tolerance=1e-5)
+    assert_same_update(one_rank[fused], one_rank[dense], tolerance=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["", "_hybrid"])
 def test_a_fused_head_in_bfloat16_is_as_near_to_float32_as_the_dense_one(kind, one_rank):
     exact = one_rank["hybrid_1_1" if kind else "reverse_kl"]
     for name in (f"bf16{kind}", f"dense_bf16{kind}"):
-        assert one_rank[name]["loss"] != exact["loss"]  # or nothing was rounded
-        assert one_rank[name]["loss"] == pytest.approx(exact["loss"], rel=2e-2)
-        assert_same_gradients(one_rank[name]["gradients"], exact["gradients"], tolerance=3e-2)
+        assert_rounded_update(one_rank[name], exact, loss_tolerance=2e-2, gradient_tolerance=3e-2)
 
 
 def test_a_sequence_without_tokens_of_the_loss_on_one_of_two_ranks(checkpoints, batch, tmp_path):

@@ -13,7 +13,8 @@
 # limitations under the License.
 """benchmarks/gpu/run.sh: a dry run of every step on this processor, and what is recorded of steps that do not end well.
 
-The dry run takes about a minute: a step imports VERL in a process of its own.
+The dry run takes most of a core's minute: steps import VERL in processes of their own. It trains nothing through Ray:
+of the step `trainer` it composes the configuration.
 """
 
 import json
@@ -23,12 +24,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
+import engine  # noqa: E402
+import record  # noqa: E402
 import render  # noqa: E402
 import steps  # noqa: E402
+import trainer  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,77 @@ def test_the_rows_say_what_was_measured(dry_run):
     assert {row["implementation"] for row in head["linear_divergence"]["rows"]} == {"floor", "ours"}
     assert len(sweep) == 2 * 2 * 3 and all(row["seconds"] > 0 for row in sweep)
     assert set(found["update"]["trainer_update"]["medians"]) == {"pure", "verl_topk", "grpo"}
+    compared = {row["case"]: row for row in found["engine"]["rows"] if "against" in row}
+    assert compared.keys() == {"tied", "tied, bfloat16"}
+    for name, row in compared.items():
+        assert row["against"] == "dense_tied" and row["is_right"], row
+        assert "bfloat16" in name or row["gradient_error"] < 1e-5  # a processor's bound, not a device's
+    assert all(row["after_start_mb"] > 0 and row["gradient_norm"] > 0 for row in found["engine"]["rows"])
+    composed = {row["machine"]: row for row in found["trainer"]["rows"]}
+    assert {name: row["rollout"] for name, row in composed.items()} == {
+        "cpu": "hf",
+        "gpu": "vllm",
+        "gpu_without_vllm": "hf",
+    }
+    assert all((row["steps"], row["loss"]) == (4, "on_policy_distillation") for row in composed.values())
+
+
+def test_a_step_that_lacks_a_package_says_so(tmp_path, monkeypatch):
+    path = tmp_path / "step.json"
+    step = record.Record(path, is_dry_run=True)
+    step.require_verl()
+    step.require("pytest")
+    assert "skipped" not in step.facts
+    with pytest.raises(SystemExit, match="^0$"):
+        step.require("no_such_package")
+    assert json.loads(path.read_text())["skipped"] == "no_such_package is not installed: pip install no_such_package"
+    with monkeypatch.context() as only:
+        only.delitem(sys.modules, "verl", raising=False)
+        only.setattr(sys, "path", [str(ROOT)])  # its folder `verl` is not VERL
+        with pytest.raises(SystemExit, match="^0$"):
+            step.require_verl()
+    assert json.loads(path.read_text())["skipped"] == record.VERL_NEEDED
+
+
+def test_a_step_that_does_without_verl_finds_this_repository_s_files_alone(tmp_path):
+    steps.hide_verl(tmp_path)
+    program = "import sys, verl.on_policy_distillation.roofline; print(sys.modules.keys() & {'ray', 'verl.protocol'})"
+    environment = steps.environment(is_dry_run=True, before=[tmp_path])
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("set()\n", 0), done.stderr
+
+
+def test_every_case_of_the_engine_comes_after_what_it_is_compared_with():
+    overrides = {"lora": ["rank"], "lora_hybrid": [], "dense_lora": ["rank", "dense"], "dense_lora_hybrid": []}
+    cases = engine.cases(overrides, "cuda")
+    assert len(cases) == len({case.name for case in cases}) == 8
+    for index, case in enumerate(cases):
+        assert "trainer.device=cuda" in case.overrides
+        assert case.is_rounded == ("teacher.payload_dtype=bfloat16" in case.overrides)
+        if case.reference is None:
+            assert not case.is_rounded and case.name.startswith("dense_")
+        else:
+            reference = next(other for other in cases[:index] if other.name == case.reference)
+            assert not reference.is_rounded
+            assert reference.name.removeprefix("dense_") == case.name.split(",")[0].removeprefix("dense_")
+
+
+def test_a_wrong_gradient_is_not_right():
+    exact = {"loss": 1.0, "gradients": {"weight": torch.tensor([1.0, -2.0])}}
+    near = {"loss": 1.01, "gradients": {"weight": torch.tensor([1.0, -1.95])}}
+    wrong = {"loss": 1.01, "gradients": {"weight": torch.tensor([1.0, -1.8])}}
+    case = engine.Case("tied, bfloat16", [], "dense_tied", is_rounded=True)
+    assert engine.compare(case, near, exact)["is_right"]
+    found = engine.compare(case, wrong, exact)
+    assert not found["is_right"] and found["gradient_error"] == pytest.approx(0.1)
+    assert not engine.compare(case, exact, exact)["is_right"]  # nothing was rounded
+
+
+@pytest.mark.parametrize("kls", [[1.9, 0.6, 0.3, None], [1.9, 0.6, 0.3], [0.3, 0.6, 0.3, 0.3]])
+def test_the_trainer_s_kl_has_to_be_there_and_to_fall(kls):
+    trainer.require_falling([1.9, 0.6, 0.3, 0.4])
+    with pytest.raises(SystemExit, match="KL"):
+        trainer.require_falling(kls)
 
 
 def test_the_jsons_become_tables(dry_run, tmp_path):
@@ -96,6 +172,26 @@ def test_a_step_that_failed_is_shown_with_its_last_line(dry_run, tmp_path):
     broken = {"rows": [], "status": "failed", "last_lines": ["so far", "ValueError: why it failed"]}
     text = render.gpu(written(tmp_path, {"bandwidth": found["bandwidth"] | broken}))
     assert "| bandwidth | failed |" in text and "- bandwidth: ValueError: why it failed" in text
+
+
+def test_what_engine_and_trainer_measured_is_shown():
+    memory = {"after_start_mb": 12.0, "after_update_mb": 34.0}
+    errors = {"against": "dense_tied", "loss_error": 1e-6, "gradient_error": 2e-3, "bound": 1e-4}
+    rows = [
+        {"case": "dense_tied", **memory},
+        {"case": "tied", **memory, **errors, "is_right": False},
+        {"case": "fsdp1", "error": "RuntimeError: no broadcast", "is_right": False},
+    ]
+    text = render.gpu_engine({"rows": rows})
+    assert "| tied (wrong) | 1.0e-06 | 2.0e-03 | 1.0e-04 | 12 | 34 |" in text
+    assert "| fsdp1 | RuntimeError: no broadcast |" in text and "| dense_tied |" not in text
+    rows = [
+        {"step": 1, "kl": 1.9, "phases": {"gen": 2.0}},
+        {"step": 2, "kl": None, "phases": {"gen": 1.5, "score": 0.5}},
+    ]
+    text = render.gpu_trainer({"is_dry_run": False, "machine_overrides": "gpu", "rows": rows})
+    for line in ("|  | step 1 | step 2 |", "| KL, nats | 1.9 | — |", "| gen, s | 2 | 1.5 |", "| score, s | — | 0.5 |"):
+        assert line in text
 
 
 def test_without_jsons_there_are_predictions_that_say_so(tmp_path):

@@ -18,10 +18,9 @@ does not fit is reported as failed. Then a sweep of `Chunking(rows, group)` in o
 and tokens whose gradients are collected for one product.
 """
 
+import gc
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -44,15 +43,16 @@ def against_peers(step: record.Record, n: int, sizes: Sizes) -> None:
     names = ["floor", "ours", *step.choose(["hybrid", *PEERS], [])]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "head.json"
-        command = [sys.executable, linear_divergence.__file__, "--device", step.device, "--tokens", str(n)]
-        command += ["--vocab", str(sizes.vocab), "--dtype", sizes.dtype, "--repeats", str(step.choose(5, 1))]
-        command += ["--student-width", str(sizes.student_width), "--teacher-width", str(sizes.teacher_width)]
-        subprocess.run([*command, "--implementations", *names, "--output", str(path)], check=True)
+        words = ["--device", step.device, "--tokens", str(n), "--vocab", str(sizes.vocab), "--dtype", sizes.dtype]
+        words += ["--student-width", str(sizes.student_width), "--teacher-width", str(sizes.teacher_width)]
+        words += ["--repeats", str(step.choose(5, 1)), "--implementations", *names, "--output", str(path)]
+        linear_divergence.run(linear_divergence.arguments(words))
         step.add(student_width=sizes.student_width, linear_divergence=json.loads(path.read_text()))
 
 
 def sweep(step: record.Record, n: int, sizes: Sizes) -> None:
     """A row for each chunking, type, and loss."""
+    gc.freeze()  # what is imported is no garbage: looking through it takes longer than a small call
     x = Inputs(n, sizes, [])
     for chunking in step.choose(CHUNKINGS, [None, (4, 8)]):
         for name in ("ours", "hybrid"):

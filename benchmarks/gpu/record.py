@@ -14,6 +14,7 @@
 """What every step of benchmarks/gpu shares: arguments, device, JSON; and, as a script, the machine's facts."""
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 import linear_divergence
 import torch
@@ -54,12 +56,19 @@ class Record:
         self._path.write_text(json.dumps(self.facts, indent=1) + "\n")
 
     def require_verl(self) -> None:
-        """Ends the process without VERL, whose folder `verl` may still be there: this repository's."""
-        try:
-            import verl.workers.engine_workers  # noqa: F401
-        except ModuleNotFoundError as error:
-            self.note(skipped=f"{VERL_NEEDED} ({error})")
-            sys.exit(0)
+        """Ends the process without VERL, whose folder `verl` may still be there: this repository's. Imports nothing."""
+        found = importlib.util.find_spec("verl")
+        folders = found.submodule_search_locations if found else None
+        if not any(Path(folder, "workers", "engine_workers.py").exists() for folder in folders or []):
+            self._skip(VERL_NEEDED)
+
+    def require(self, package: str) -> None:
+        if importlib.util.find_spec(package) is None:
+            self._skip(f"{package} is not installed: pip install {package}")
+
+    def _skip(self, why: str) -> NoReturn:
+        self.note(skipped=why)
+        sys.exit(0)
 
     def require_all(self, fact: str) -> None:
         """Fails where a row's `fact` is false."""

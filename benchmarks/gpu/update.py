@@ -18,15 +18,11 @@ random weights.
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-import linear_divergence
 import record
-
-SCRIPT = Path(linear_divergence.__file__).with_name("trainer_update.py")
+import trainer_update
 
 
 def main() -> None:
@@ -37,8 +33,8 @@ def main() -> None:
     small += ["--layers", "1", "--repeats", "1"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "update.json"
-        command = [sys.executable, str(SCRIPT), "run", "pure", "verl_topk", "grpo", "--device", step.device]
-        subprocess.run([*command, *step.choose(large, small), "--out", str(path)], check=True)
+        words = ["run", "pure", "verl_topk", "grpo", "--device", step.device, *step.choose(large, small)]
+        trainer_update.run(trainer_update.arguments([*words, "--out", str(path)]))
         step.note(trainer_update=json.loads(path.read_text()))
 
 

@@ -43,7 +43,7 @@ import headline_results
 import torch
 from baselines import FORWARD_KL_TOPK, SAMPLED_K1, TOP_K
 from metrics import StepMetrics, read_run
-from progress import end_with_trainers, train
+from progress import end_with_trainers, overrides_of, train
 from transformers import LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent
@@ -154,11 +154,6 @@ def overrides(run: Run, out: Path, teacher: Path | None) -> list[str]:
     ]
 
 
-def machine_overrides() -> list[str]:
-    lines = (HERE / "cpu_overrides.txt").read_text().splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
-
-
 def checkpoint(run: Run, out: Path, step: int) -> Path:
     return out / "runs" / run.name / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface"
 
@@ -202,7 +197,7 @@ def train_once(run: Run, out: Path, teacher: Path | None) -> dict:
     if measured is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        command = [sys.executable, "-m", "verl.trainer.main_on_policy_distillation", *machine_overrides(), *settings]
+        command = [sys.executable, "-m", "verl.trainer.main_on_policy_distillation", *overrides_of("cpu"), *settings]
         environment = {
             "VERL_PLATFORM": "cpu",
             "VERL_USE_EXTERNAL_MODULES": "verl_on_policy_distillation,baselines_plugin",

@@ -37,6 +37,12 @@ LINES_SHOWN_ON_FAILURE = 40
 _ending = False
 
 
+def overrides_of(machine: str) -> list[str]:
+    """The lines of <machine>_overrides.txt, without its comments."""
+    lines = (Path(__file__).resolve().parent / f"{machine}_overrides.txt").read_text().splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
 def step_line(step: int, steps: int, metrics: StepMetrics, seconds_left: float | None = None) -> str:
     parts = [f"step {step:3d}/{steps}"]
     if "distillation/kl" in metrics:

@@ -32,45 +32,6 @@ if [[ -e $folder/results.json ]]; then
     exit
 fi
 python "$here/arithmetic.py" make --out "$folder"
-
-# What depends on the machine, and only that: one Hydra override a line.
-machine=cpu
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    machine=gpu
-    if ! python -c 'import vllm' 2> /dev/null; then machine=gpu_without_vllm; fi
-fi
-case $machine in
-    cpu) export VERL_PLATFORM=cpu ;;
-    gpu_without_vllm) export VERL_USE_EXTERNAL_MODULES=verl_on_policy_distillation,verl.plugin.cpu ;; # its rollout
-esac
-mapfile -t machine_overrides < <(grep -vE '^\s*(#|$)' "$here/${machine}_overrides.txt")
-
-steps=15
-python "$here/progress.py" "$folder" "$steps" -- python -m verl.trainer.main_on_policy_distillation \
-    "${machine_overrides[@]}" \
-    actor_rollout_ref.actor.policy_loss.loss_mode=on_policy_distillation \
-    actor_rollout_ref.actor.policy_loss.distillation_type=reverse_kl \
-    teacher.model.path="$folder/teacher" \
-    actor_rollout_ref.model.path="$folder/base" \
-    data.train_files="$folder/train.parquet" \
-    data.val_files="$folder/test.parquet" \
-    data.max_prompt_length=8 \
-    data.max_response_length=4 \
-    data.train_batch_size=256 \
-    data.seed=0 \
-    actor_rollout_ref.rollout.n=1 \
-    actor_rollout_ref.actor.ppo_mini_batch_size=64 \
-    actor_rollout_ref.actor.optim.lr=2e-4 \
-    reward.custom_reward_function.path="$here/arithmetic.py" \
-    trainer.total_training_steps="$steps" \
-    trainer.test_freq=3 \
-    trainer.save_freq=5 \
-    trainer.max_actor_ckpt_to_keep=1 \
-    'actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]' \
-    trainer.default_local_dir="$folder/checkpoints" \
-    'trainer.logger=[file]' \
-    trainer.project_name=on_policy_distillation \
-    trainer.experiment_name=quickstart \
-    "$@"
+python "$here/quickstart.py" "$folder" "$@"
 
 finish

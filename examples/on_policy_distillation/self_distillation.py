@@ -62,7 +62,7 @@ from arithmetic import (
 )
 from datasets import Dataset
 from metrics import accuracy, read_run
-from progress import end_with_trainers, train
+from progress import end_with_trainers, overrides_of, train
 from summary import checkpoint
 from transformers import LlamaForCausalLM
 
@@ -202,10 +202,9 @@ def make(out: Path, seed: int = 0) -> None:
 
 
 def trainer_command(out: Path, prompt: str, overrides: list[str]) -> list[str]:
-    machine = [line for line in (HERE / "cpu_overrides.txt").read_text().splitlines() if line and line[0] not in "# "]
     return [
         *(sys.executable, "-m", "verl.trainer.main_on_policy_distillation"),
-        *machine,
+        *overrides_of("cpu"),
         f"{ACTOR}.policy_loss.loss_mode=on_policy_distillation",
         f"actor_rollout_ref.model.path={out}/base",
         f"teacher.model.path={out}/base",

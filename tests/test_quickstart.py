@@ -1,0 +1,52 @@
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the quickstart says to VERL's trainer. The run itself is too slow to be tested here; see test_trainer.py."""
+
+import sys
+
+import pytest
+import quickstart
+from progress import overrides_of
+
+
+@pytest.mark.parametrize("machine", quickstart.MACHINES)
+def test_what_depends_on_the_machine_comes_first_and_nothing_is_said_twice(machine, tmp_path):
+    own = overrides_of(machine)
+    assert own and all("=" in line and not line.startswith(("#", " ")) for line in own)
+    said = quickstart.overrides(tmp_path, machine)
+    assert said[: len(own)] == own
+    keys = [line.partition("=")[0].lstrip("+") for line in said]
+    assert len(set(keys)) == len(keys)
+    assert f"teacher.model.path={tmp_path}/teacher" in said
+
+
+def test_the_steps_are_those_that_the_trainer_reads_last(tmp_path):
+    said = quickstart.overrides(tmp_path, "cpu")
+    assert quickstart.steps_of(said) == 15
+    assert quickstart.steps_of([*said, "trainer.total_training_steps=4", "data.seed=1"]) == 4
+    assert quickstart.steps_of([*said, "trainer.total_training_steps=4", "++trainer.total_training_steps=7"]) == 7
+    with pytest.raises(SystemExit, match="total_training_steps=null: give the number"):
+        quickstart.steps_of([*said, "trainer.total_training_steps=null"])
+
+
+def test_a_run_is_followed_for_as_many_steps_as_it_was_told(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(quickstart, "train", lambda *arguments: trained.append(arguments))
+    monkeypatch.setattr(quickstart, "this_machine", lambda: "gpu_without_vllm")
+    quickstart.run(tmp_path, ["trainer.total_training_steps=4"])
+    ((folder, steps, command, environment),) = trained
+    assert (folder, steps) == (tmp_path, 4)
+    assert command[:3] == [sys.executable, "-m", "verl.trainer.main_on_policy_distillation"]
+    assert command[3:] == [*quickstart.overrides(tmp_path, "gpu_without_vllm"), "trainer.total_training_steps=4"]
+    assert "verl.plugin.cpu" in environment["VERL_USE_EXTERNAL_MODULES"]
