@@ -227,7 +227,8 @@ def close(actual, expected, dtype, factors, rounding=0.0, tolerance=1.0) -> None
     assert excess <= 0.0, f"gradient off by {excess:.2g} more than the bound"
 
 
-def check(kernel, case: Problem, layout: Layout | None = None) -> None:
+def check(kernel, case: Problem, layout: Layout | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what the kernel gave."""
     layout = layout or Layout()
     dtype = case.student.dtype
     results, gradient = kernel(case, layout)
@@ -241,6 +242,7 @@ def check(kernel, case: Problem, layout: Layout | None = None) -> None:
     twin_results = divergence.divergence_rows_(student, teacher, case.spec, case.temperatures, case.weights, student)
     close((results, gradient), (twin_results, student), dtype, factors, rounding, tolerance=2.0)
     assert torch.equal(results[-1], twin_results[-1])
+    return results, gradient
 
 
 def random_logits(rows: int, vocab: int, scale: float = 3.0, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
@@ -411,9 +413,8 @@ def test_shards_switch_by_the_entropy_of_the_whole(kernel, dtype, cuts):
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
 def test_shards_give_what_the_whole_gives(kernel, kind, beta, dtype, cuts):
     case = problem(*random_rows(dtype), kind, beta)
-    check(kernel, case, Layout(block=32, cuts=cuts))
     factors = case.weights / case.temperatures.student
-    close(kernel(case, Layout(block=32, cuts=cuts)), kernel(case, Layout(block=32)), dtype, factors)
+    close(check(kernel, case, Layout(block=32, cuts=cuts)), kernel(case, Layout(block=32)), dtype, factors)
 
 
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
@@ -868,7 +869,11 @@ DTYPES = [
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "gradient"),
-    [(kind, *dtypes) for kind, _ in KINDS for dtypes in DTYPES] + [("reverse_kl", torch.float64, torch.bfloat16)],
+    # Narrower gradients are written alike for all kinds; the float64 passes of skew_reverse_kl are compiled one by one
+    # below.
+    [(kind, torch.float32, torch.bfloat16) for kind, _ in KINDS]
+    + [(kind, torch.float64, torch.float64) for kind, _ in KINDS[:3]]
+    + [("reverse_kl", *dtypes) for dtypes in (DTYPES[0], DTYPES[2], (torch.float64, torch.bfloat16))],
 )
 def test_compiles_for_hopper(compiled, kind, dtype, gradient):
     call(problem(*(torch.zeros(2, 48, dtype=dtype) for _ in range(2)), kind, 0.5), Layout(gradient), "cpu")
@@ -905,9 +910,9 @@ def test_the_switch_compiles_for_hopper(compiled, dtypes):
         assert not any("f32" in kernel.asm["ttir"] for kernel in compiled)
 
 
-# Sizes and strides of one, of no and of another alignment are compiled apart.
-@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (3, 1), (1, 37), (3, 37), (1, 151936)])
-def test_compiles_for_any_shape(compiled, rows, vocab):
-    for kind, beta in KINDS[1:3]:
-        call(problem(torch.zeros(rows, vocab), torch.zeros(rows, vocab), kind, beta), Layout(), "cpu")
-    assert all(kernel.asm["cubin"] for kernel in compiled) and len(compiled) == 2
+# Strides of one, of no and of another alignment are compiled apart; numbers of rows and entries are not.
+@pytest.mark.parametrize("vocab", [1, 37, 151936])
+def test_compiles_for_any_shape(compiled, vocab):
+    for rows in (1, 3):
+        call(problem(torch.zeros(rows, vocab), torch.zeros(rows, vocab), "gkd", 0.1), Layout(), "cpu")
+    assert compiled[0].asm["cubin"] and len(compiled) == 2 and compiled[1] is compiled[0]
