@@ -78,7 +78,7 @@ def is_compiled(spec: DivergenceSpec) -> bool:
 
 
 # Float32 entries of a row in one step, and of those in one thread. With 2048 and 8, a program has 8 warps, and its
-# eight sums per lane fill half of the 128 registers (what ptxas gives it) that leave room for two programs on one of
+# eight sums per lane fill half of the 128 registers (what `_options` allows) that leave room for two programs on one of
 # an H100's 132 multiprocessors, one program computing while the other waits; 16 KiB of loads per program and step,
 # because memory gives its full speed only to some 2 MiB of requests. One choice for all rows: it is computed, not
 # measured, and other sizes would only be compiled in vain.
