@@ -42,7 +42,7 @@ from verl.on_policy_distillation import divergence
 from verl.on_policy_distillation import head as head_module
 from verl.on_policy_distillation.divergence import DIVERGENCES, LOG_ZERO, DivergenceSpec, Policy, Temperatures
 from verl.on_policy_distillation.head import implementation, linear_divergence, linear_token_divergence
-from verl.on_policy_distillation.roofline import INSTRUCTIONS, Chunking
+from verl.on_policy_distillation.roofline import INSTRUCTIONS, POLICY_INSTRUCTIONS, READS, Chunking
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -148,17 +148,28 @@ def padded(values: torch.Tensor, padding: int) -> torch.Tensor:
     return memory
 
 
+def laid_out(case: Problem, layout: Layout, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Student, teacher, and where the gradient goes."""
+    target = case.student if layout.gradient is None else torch.full_like(case.student, 3.0, dtype=layout.gradient)
+    tensors = (case.student, case.teacher, target)
+    student, teacher, gradient = (
+        padded(values, padding).to(device)[:, : values.shape[-1]]
+        for values, padding in zip(tensors, layout.padding, strict=True)
+    )
+    return student, teacher, student if layout.gradient is None else gradient
+
+
+def assert_untouched(gradient: torch.Tensor) -> None:
+    """The memory between its rows."""
+    whole = gradient.as_strided((len(gradient), gradient.stride(0)), gradient.stride())
+    assert (whole[:, gradient.shape[-1] :] == UNTOUCHED).all()
+
+
 def call(case: Problem, layout: Layout, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Results and gradient; checks that memory between the rows of the gradient is left alone."""
     from verl.on_policy_distillation import divergence_triton as module
 
-    vocab = case.student.shape[-1]
-    target = case.student if layout.gradient is None else torch.full_like(case.student, 3.0, dtype=layout.gradient)
-    tensors = (case.student, case.teacher, target)
-    memory = [padded(values, padding).to(device) for values, padding in zip(tensors, layout.padding, strict=True)]
-    student, teacher, gradient = (values[:, :vocab] for values in memory)
-    if layout.gradient is None:
-        memory[2], gradient = memory[0], student
+    student, teacher, gradient = laid_out(case, layout, device)
     with mock.patch.object(module, "BLOCK", layout.block or module.BLOCK):
         weights = case.weights.to(device)
         if layout.cuts is not None:
@@ -166,7 +177,7 @@ def call(case: Problem, layout: Layout, device: str) -> tuple[torch.Tensor, torc
             results, gradient = sharded(module, *arguments, gradient_dtype=layout.gradient)
             return results.cpu(), gradient.cpu()
         results = module.divergence_rows_(student, teacher, case.spec, case.temperatures, weights, gradient)
-    assert (memory[2][:, vocab:] == UNTOUCHED).all()
+    assert_untouched(gradient)
     return results.cpu(), gradient.cpu()
 
 
@@ -216,7 +227,8 @@ def close(actual, expected, dtype, factors, rounding=0.0, tolerance=1.0) -> None
     assert excess <= 0.0, f"gradient off by {excess:.2g} more than the bound"
 
 
-def check(kernel, case: Problem, layout: Layout | None = None) -> None:
+def check(kernel, case: Problem, layout: Layout | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what the kernel gave."""
     layout = layout or Layout()
     dtype = case.student.dtype
     results, gradient = kernel(case, layout)
@@ -230,6 +242,7 @@ def check(kernel, case: Problem, layout: Layout | None = None) -> None:
     twin_results = divergence.divergence_rows_(student, teacher, case.spec, case.temperatures, case.weights, student)
     close((results, gradient), (twin_results, student), dtype, factors, rounding, tolerance=2.0)
     assert torch.equal(results[-1], twin_results[-1])
+    return results, gradient
 
 
 def random_logits(rows: int, vocab: int, scale: float = 3.0, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
@@ -400,9 +413,8 @@ def test_shards_switch_by_the_entropy_of_the_whole(kernel, dtype, cuts):
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
 def test_shards_give_what_the_whole_gives(kernel, kind, beta, dtype, cuts):
     case = problem(*random_rows(dtype), kind, beta)
-    check(kernel, case, Layout(block=32, cuts=cuts))
     factors = case.weights / case.temperatures.student
-    close(kernel(case, Layout(block=32, cuts=cuts)), kernel(case, Layout(block=32)), dtype, factors)
+    close(check(kernel, case, Layout(block=32, cuts=cuts)), kernel(case, Layout(block=32)), dtype, factors)
 
 
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
@@ -463,24 +475,33 @@ def test_narrower_gradients_of_float64_logits(kernel, dtype):
 # with the policy
 
 
-def call_policy(case: Problem, policy: Policy, upstream: torch.Tensor, gradient_dtype, block: int, device: str):
+def call_policy(case: Problem, policy: Policy, upstream: torch.Tensor, layout: Layout, device: str):
     """Results, and the gradient of sum(upstream * (log-prob, entropy, divergence))."""
     from verl.on_policy_distillation import divergence_triton as module
 
-    student, teacher, upstream = case.student.to(device), case.teacher.to(device), upstream.to(device)
-    policy = policy._replace(labels=policy.labels.to(device))
-    settings = case.spec, case.temperatures, policy
-    with mock.patch.object(module, "BLOCK", block):
-        results = module.policy_rows(student, teacher, *settings)
+    student, teacher, gradient = laid_out(case, layout, device)
+    settings = case.spec, case.temperatures, policy._replace(labels=policy.labels.to(device))
+    with mock.patch.object(module, "BLOCK", layout.block or module.BLOCK):
+        results = module.policy_rows_(student, teacher, *settings)
         assert torch.equal(student.cpu(), case.student)  # no gradient was written over it
-        gradient = student if gradient_dtype is None else torch.empty_like(student, dtype=gradient_dtype)
-        module.policy_gradient_(student, teacher, *settings, upstream, gradient)
+        module.policy_gradient_(student, teacher, *settings, upstream.to(device), gradient)
+    assert_untouched(gradient)
     return results.cpu(), gradient.cpu()
+
+
+def call_policy_twin(case: Problem, policy: Policy, upstream: torch.Tensor, layout: Layout):
+    """The same by torch."""
+    settings = case.spec, case.temperatures, policy
+    results = divergence.policy_rows_(case.student.clone(), case.teacher.clone(), *settings)
+    student, teacher, gradient = laid_out(case, layout, "cpu")
+    divergence.policy_gradient_(student, teacher, *settings, upstream, gradient)
+    assert_untouched(gradient)
+    return results, gradient
 
 
 def policy_truth(case: Problem, policy: Policy, upstream: torch.Tensor):
     """The same in float64: the policy by autograd, the divergence by the table."""
-    logits = case.student.to(policy.dtype).double().requires_grad_()
+    logits = case.student.to(policy.dtype).double().clone().requires_grad_()
     shifted = (logits - logits.detach().amax(-1, keepdim=True)) / policy.temperature
     log_p = torch.log_softmax(shifted, -1)
     log_prob = log_p.gather(-1, policy.labels.unsqueeze(-1)).squeeze(-1)
@@ -495,29 +516,41 @@ def policy_truth(case: Problem, policy: Policy, upstream: torch.Tensor):
     return torch.cat((torch.stack((log_prob, entropy.detach())), results)), logits.grad
 
 
-def check_policy(run, case: Problem, policy: Policy, gradient_dtype=None, block=256, rounding=0.0) -> None:
+def check_policy(run, case: Problem, policy: Policy, layout: Layout | None = None) -> None:
+    layout = layout or Layout(block=256)
     rows, dtype = len(case.student), case.student.dtype
     upstream = torch.linspace(-1.0, 1.5, 3 * rows).view(3, rows).to(dtype)
-    results, gradient = run(call_policy, case, policy, upstream, gradient_dtype, block)
     expected, expected_gradient = policy_truth(case, policy, upstream)
-    assert results.dtype == dtype and results.shape == (8, rows) and gradient.shape == case.student.shape
-    bound = VALUE_TOLERANCE[dtype] * expected.abs().clamp(min=1.0)
-    assert ((results - expected).abs() <= bound).all()
-    scale = expected_gradient.abs().amax(-1, keepdim=True).clamp(min=1e-2)
-    bound = GRADIENT_TOLERANCE[dtype] * scale + rounding * expected_gradient.abs() + (2.0**-25 if rounding else 0.0)
-    assert ((gradient.double() - expected_gradient).abs() <= bound).all()
+    rounding = 0.0 if layout.gradient is None else ROUNDING[layout.gradient]
+    calls = run(call_policy, case, policy, upstream, layout), call_policy_twin(case, policy, upstream, layout)
+    for results, gradient in calls:
+        assert results.dtype == dtype and results.shape == (8, rows)
+        assert gradient.dtype == (layout.gradient or dtype) and gradient.shape == case.student.shape
+        bound = VALUE_TOLERANCE[dtype] * expected.abs().clamp(min=1.0)
+        assert ((results - expected).abs() <= bound).all()
+        scale = expected_gradient.abs().amax(-1, keepdim=True).clamp(min=1e-2)
+        bound = GRADIENT_TOLERANCE[dtype] * scale + rounding * expected_gradient.abs() + (2.0**-25 if rounding else 0.0)
+        assert ((gradient.double() - expected_gradient).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("vocabs", [(300, 300), (300, 261), (1025, 1025), (1025, 512)])
+@pytest.mark.parametrize(
+    ("vocabs", "layout"),
+    [
+        ((300, 300), Layout(padding=(4, 4, 0), block=256)),
+        ((300, 261), Layout(torch.float32, padding=(4, 11, 20), block=256)),
+        ((1025, 1025), Layout(torch.float16, padding=(0, 15, 7), block=256)),
+        ((1025, 512), Layout(block=256)),
+    ],
+)
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
-def test_the_policy_in_the_same_launch(run, kind, beta, vocabs):
-    """Over entries that the teacher does not have, too, with a maximum among them."""
+def test_the_policy_in_the_same_launch(run, kind, beta, vocabs, layout):
+    """Over entries that the teacher does not have, too, with a maximum among them; and rows that lie apart."""
     student, _ = five_rows(vocabs[0])
     _, teacher = five_rows(vocabs[1])
     student[0, -1], student[2, :2] = student[0].max() + 2.0, -torch.inf
     labels = torch.tensor([0, 1, vocabs[0] - 1, 5, vocabs[0] // 2])
     labels[3:] = student[3:].argmax(-1)
-    check_policy(run, problem(student, teacher, kind, beta), Policy(labels, 1.7, torch.float32))
+    check_policy(run, problem(student, teacher, kind, beta), Policy(labels, 1.7, torch.float32), layout)
 
 
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
@@ -525,7 +558,7 @@ def test_the_policy_in_float64(run, kind, beta):
     student, _ = five_rows(300, torch.float64)
     _, teacher = five_rows(261, torch.float64)
     policy = Policy(student.argmax(-1), 0.6, torch.float64)
-    check_policy(run, problem(student, teacher, kind, beta), policy, block=128)
+    check_policy(run, problem(student, teacher, kind, beta), policy, Layout(block=128))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -535,9 +568,10 @@ def test_the_policy_reads_rounded_logits(run, dtype):
     student *= 1.0 + torch.finfo(dtype).eps / 8.0
     policy = Policy(torch.arange(5), 1.0, dtype)
     case = problem(student, teacher, "gkd", 0.3)
-    check_policy(run, case, policy, torch.bfloat16, rounding=ROUNDING[torch.bfloat16])
-    unrounded = run(call_policy, case, policy._replace(dtype=torch.float32), torch.zeros(3, 5), None, 256)[0]
-    rounded = run(call_policy, case, policy, torch.zeros(3, 5), None, 256)[0]
+    check_policy(run, case, policy, Layout(torch.bfloat16, block=256))
+    arguments = torch.zeros(3, 5), Layout(block=256)
+    unrounded = run(call_policy, case, policy._replace(dtype=torch.float32), *arguments)[0]
+    rounded = run(call_policy, case, policy, *arguments)[0]
     assert (unrounded[:2] - rounded[:2]).abs().min() > 1e-6  # it does make a difference
     torch.testing.assert_close(unrounded[2:], rounded[2:], rtol=1e-6, atol=1e-6)  # not to the divergence
 
@@ -551,7 +585,8 @@ def test_a_label_of_no_probability(run):
     student, teacher = five_rows(300)
     student[:, 7] = -torch.inf
     policy = Policy(torch.full((5,), 7), 1.3, torch.float32)
-    results, gradient = run(call_policy, problem(student, teacher), policy, torch.ones(3, 5), None, 256)
+    arguments = problem(student, teacher), policy, torch.ones(3, 5), Layout(block=256)
+    results, gradient = run(call_policy, *arguments)
     assert (results[0] == LOG_ZERO).all() and gradient.isfinite().all()
 
 
@@ -570,7 +605,7 @@ def call_head(function, heads, keywords, is_compiled: bool, device: str):
     module, calls = divergence_triton if is_compiled else divergence, []
     watched = {
         name: mock.patch.object(divergence_triton, name, counted(getattr(divergence_triton, name), name, calls))
-        for name in ("divergence_rows_", "policy_rows", "policy_gradient_")
+        for name in ("divergence_rows_", "policy_rows_", "policy_gradient_")
     }
     with mock.patch.object(head_module, "implementation", lambda student, spec: module), ExitStack() as stack:
         for patch in watched.values():
@@ -608,7 +643,7 @@ def test_the_head_on_kernels_gives_what_it_gives_on_torch(run, function, dtype, 
     calls = ["divergence_rows_"] * chunks
     if function is linear_token_divergence:
         keywords |= {"labels": torch.arange(11) * 27, "log_prob_temperature": 1.2}
-        calls = ["policy_gradient_"] * chunks + ["policy_rows"] * 3
+        calls = ["policy_gradient_"] * chunks + ["policy_rows_"] * 3
     compiled = run(call_head, function, heads, keywords, True)
     expected = run(call_head, function, heads, keywords, False)
     assert (compiled[2], expected[2]) == (calls, [])
@@ -675,7 +710,10 @@ def test_torch_is_used_without_a_device(kind, beta):
 
 
 class TargetWithoutDevice(SimpleNamespace):
-    """As much of a driver of Triton's as compiling needs. Its device's number is nobody else's."""
+    """As much of a driver of Triton's as compiling needs.
+
+    Its device's number is nobody else's, nor that of another target: what is compiled is kept by device.
+    """
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
@@ -683,7 +721,7 @@ class TargetWithoutDevice(SimpleNamespace):
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
-        return -1
+        return -self.capability
 
     def get_current_stream(self, device):
         return 0
@@ -697,16 +735,22 @@ def compiled(request, monkeypatch, tmp_path_factory):
     from verl.on_policy_distillation import divergence_triton as module
 
     kernels = []
+    target = TargetWithoutDevice(capability=request.param)
 
     class Launcher:
         def __init__(self, kernel):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            return lambda *args, **kwargs: kernels.append(self.kernel.warmup(*args, grid=grid, **kwargs))
+            return lambda *args, **kwargs: kernels.append(self.compile(*args, grid=grid, **kwargs))
+
+        def compile(self, *args, **kwargs):
+            kernel = self.kernel.warmup(*args, **kwargs)
+            assert kernel.metadata.target == target.get_current_target()
+            return kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
-    monkeypatch.setattr(triton.runtime.driver, "_active", TargetWithoutDevice(capability=request.param))
+    monkeypatch.setattr(triton.runtime.driver, "_active", target)
     for name in ("_rows_kernel", "_statistics_kernel", "_mixture_kernel", "_gradient_kernel", "_policy_kernel"):
         monkeypatch.setattr(module, name, Launcher(getattr(module, name)))
     return kernels
@@ -720,12 +764,18 @@ def reads_wide(kernel) -> bool:
 
 @dataclass
 class MachineCode:
-    """Registers of a thread, bytes of its stack (where registers are spilled), of shared memory; and instructions."""
+    """Registers of a thread, bytes of its stack (where registers are spilled), of shared memory; and its loops."""
 
     registers: int
     stack: int
     shared: int
-    in_loops: int
+    loops: list[list[str]]  # instructions; those that copy the next blocks' logits while one is computed
+
+    @property
+    def per_logit(self) -> float:
+        from verl.on_policy_distillation.divergence_triton import ENTRIES_PER_THREAD
+
+        return sum(map(len, self.loops)) / ENTRIES_PER_THREAD
 
 
 def machine_code(kernel, folder: Path) -> MachineCode:
@@ -741,52 +791,72 @@ def machine_code(kernel, folder: Path) -> MachineCode:
 
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage")))
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", dump("-sass"), re.MULTILINE)
-    in_loops = 0
-    for address, instruction in lines:
+    lines, loops = {int(address, 16): instruction for address, instruction in lines}, []
+    for address, instruction in lines.items():
         jump = re.search(r"BRA\S*\s.*?(0x[0-9a-f]+)", instruction)
-        if jump and int(jump[1], 16) < int(address, 16):  # back: what is between is a loop, of 16 bytes each
-            in_loops += (int(address, 16) - int(jump[1], 16)) // 16 + 1
+        if jump and int(jump[1], 16) < address:  # back: what is between is a loop
+            loops.append([lines[at] for at in lines if int(jump[1], 16) <= at <= address])
+    loops = [loop for loop in loops if any("LDGSTS" in instruction for instruction in loop)]
     stack = int(usage["STACK"]) + int(usage["LOCAL"])
-    return MachineCode(int(usage["REG"]), stack, kernel.metadata.shared, in_loops)
+    return MachineCode(int(usage["REG"]), stack, kernel.metadata.shared, loops)
 
 
-def zeros_at_size(kind: str) -> Problem:
+# Of models: a multiple of 16 entries, and two that rows are padded for.
+SIZES = (151936, 151643, 50257)
+
+
+def zeros_at_size(kind: str, vocab: int) -> tuple[Problem, Layout]:
+    """Rows as `padded_rows` of divergence.py lays them out."""
     switch = kind == "entropy_switch"
-    zeros = torch.zeros(2, 151936)
-    return problem(zeros, zeros, "reverse_kl" if switch else kind, 0.5, threshold=0.5 if switch else None)
+    zeros = torch.zeros(2, vocab)
+    case = problem(zeros, zeros, "reverse_kl" if switch else kind, 0.5, threshold=0.5 if switch else None)
+    return case, Layout(torch.bfloat16, (-vocab % 16,) * 3)
+
+
+def assert_loops_are_wide(code: MachineCode) -> None:
+    """Whole blocks are read and written by 16 bytes, whatever is at the end of a row."""
+    moves = [
+        instruction for loop in code.loops for instruction in loop if re.search(r"\b(LDG|LDGSTS|STG)\b", instruction)
+    ]
+    assert moves and all(".128" in move for move in moves), moves
 
 
 @pytest.mark.parametrize("compiled", [90, 80], indirect=True)
 @pytest.mark.parametrize("kind", list(INSTRUCTIONS))
 def test_two_programs_share_a_multiprocessor(compiled, tmp_path, kind):
     """65,536 registers, for 512 threads; nothing spilled; two programs' shared memory in an A100's 164 KiB."""
-    call(zeros_at_size(kind), Layout(torch.bfloat16), "cpu")
+    for vocab in SIZES:
+        call(*zeros_at_size(kind, vocab), "cpu")
+    assert all(kernel is compiled[0] for kernel in compiled)  # one for all sizes
     found = machine_code(compiled[0], tmp_path)
     assert found.registers <= 128 and found.stack == 0
-    assert 0 < found.shared <= 40 * 1024
-    assert reads_wide(compiled[0])
+    assert 0 < found.shared <= 33 * 1024  # 32 KiB of logits, and what the warps tell each other
+    assert len(found.loops) == READS[kind]
+    assert_loops_are_wide(found)
 
 
 @pytest.mark.parametrize("kind", list(INSTRUCTIONS))
 def test_the_roofline_counts_the_instructions_of_the_kernel(compiled, tmp_path, kind):
-    from verl.on_policy_distillation.divergence_triton import ENTRIES_PER_THREAD
-
-    call(zeros_at_size(kind), Layout(torch.bfloat16), "cpu")
-    per_logit = machine_code(compiled[0], tmp_path).in_loops / ENTRIES_PER_THREAD
-    assert per_logit == pytest.approx(INSTRUCTIONS[kind], rel=0.1)
+    call(*zeros_at_size(kind, SIZES[0]), "cpu")
+    assert machine_code(compiled[0], tmp_path).per_logit == pytest.approx(INSTRUCTIONS[kind], rel=0.1)
 
 
 @pytest.mark.parametrize("compiled", [90, 80], indirect=True)
 @pytest.mark.parametrize("kind", ["reverse_kl", "gkd"])
 def test_the_policy_compiles(compiled, tmp_path, kind):
-    case = zeros_at_size(kind)
     policy = Policy(torch.zeros(2, dtype=torch.int64), 1.0, torch.bfloat16)
-    call_policy(case, policy, torch.ones(3, 2), torch.bfloat16, 2048, "cpu")
-    assert len(compiled) == 2
-    for kernel in compiled:
+    for vocab in SIZES:
+        case, layout = zeros_at_size(kind, vocab)
+        call_policy(case, policy, torch.ones(3, 2), layout, "cpu")
+    assert len(set(map(id, compiled))) == 2
+    for kernel, reads in zip(compiled[:2], (READS[kind] - 1, READS[kind]), strict=True):
         found = machine_code(kernel, tmp_path)
-        assert found.registers <= 128 and found.stack <= 16  # a scalar or two
-        assert reads_wide(kernel)
+        assert found.registers <= 128 and found.stack == 0 and found.shared <= 33 * 1024
+        assert len(found.loops) == reads
+        assert_loops_are_wide(found)
+        # As `_Costs.kernel` of roofline.py counts them: a part of those of the divergence, and the policy's.
+        counted = INSTRUCTIONS[kind] * reads / READS[kind] + POLICY_INSTRUCTIONS
+        assert found.per_logit == pytest.approx(counted, rel=0.15)
 
 
 DTYPES = [
@@ -799,7 +869,11 @@ DTYPES = [
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "gradient"),
-    [(kind, *dtypes) for kind, _ in KINDS for dtypes in DTYPES] + [("reverse_kl", torch.float64, torch.bfloat16)],
+    # Narrower gradients are written alike for all kinds; the float64 passes of skew_reverse_kl are compiled one by one
+    # below.
+    [(kind, torch.float32, torch.bfloat16) for kind, _ in KINDS]
+    + [(kind, torch.float64, torch.float64) for kind, _ in KINDS[:3]]
+    + [("reverse_kl", *dtypes) for dtypes in (DTYPES[0], DTYPES[2], (torch.float64, torch.bfloat16))],
 )
 def test_compiles_for_hopper(compiled, kind, dtype, gradient):
     call(problem(*(torch.zeros(2, 48, dtype=dtype) for _ in range(2)), kind, 0.5), Layout(gradient), "cpu")
@@ -836,9 +910,9 @@ def test_the_switch_compiles_for_hopper(compiled, dtypes):
         assert not any("f32" in kernel.asm["ttir"] for kernel in compiled)
 
 
-# Sizes and strides of one, of no and of another alignment are compiled apart.
-@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (3, 1), (1, 37), (3, 37), (1, 151936)])
-def test_compiles_for_any_shape(compiled, rows, vocab):
-    for kind, beta in KINDS[1:3]:
-        call(problem(torch.zeros(rows, vocab), torch.zeros(rows, vocab), kind, beta), Layout(), "cpu")
-    assert all(kernel.asm["cubin"] for kernel in compiled) and len(compiled) == 2
+# Strides of one, of no and of another alignment are compiled apart; numbers of rows and entries are not.
+@pytest.mark.parametrize("vocab", [1, 37, 151936])
+def test_compiles_for_any_shape(compiled, vocab):
+    for rows in (1, 3):
+        call(problem(torch.zeros(rows, vocab), torch.zeros(rows, vocab), "gkd", 0.1), Layout(), "cpu")
+    assert compiled[0].asm["cubin"] and len(compiled) == 2 and compiled[1] is compiled[0]

@@ -20,6 +20,7 @@ uses a piece of the module.
 
 import math
 from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from verl.on_policy_distillation import divergence as divergence_module
 from verl.on_policy_distillation import head as head_module
+from verl.on_policy_distillation.buckets import InSharedVocabulary, SharedLogits, SharedVocabulary
 from verl.on_policy_distillation.divergence import (
     DIVERGENCES,
     LOG_ZERO,
@@ -1132,6 +1134,41 @@ def test_a_group_has_one_product_with_the_hidden_states(monkeypatch):
     assert calls == [4, 4, 3]
 
 
+def test_the_number_of_tokens_gives_buffers_few_sizes():
+    """An allocator that keeps blocks by their size would have one more for each micro-batch of a dynamic batch."""
+    sizes, target, chunking = [], DenseLogits(torch.zeros(1300, 48)), Chunking(512, 1024)
+    for tokens in range(1, 1300, 29):
+        student = LinearLogits(torch.zeros(tokens, 2, dtype=torch.bfloat16), torch.zeros(48, 2, dtype=torch.bfloat16))
+        teacher = target.tokens(torch.arange(tokens))
+        gradients = head_module._HeadGradients(student, (True, True, False))
+        target_of_tokens = head_module._Target.of(student, teacher, DivergenceSpec())
+        group = next(head_module._token_groups(student, target_of_tokens, chunking, gradients))
+        buffers = group.chunks[0].student, group.gradient
+        sizes.append(tuple(buffer.untyped_storage().nbytes() // (48 * buffer.itemsize) for buffer in buffers))
+        assert sizes[-1][0] >= len(group.chunks[0].gradient) and sizes[-1][1] >= len(group.gradient)
+    assert set(sizes) == {(256, 256), (512, 512), (512, 768), (512, 1024)}
+
+
+def test_rows_of_logits_begin_at_multiples_of_16_entries(monkeypatch):
+    """So that a kernel loads vectors of 16 bytes, whatever the vocabulary, and of what is left of a shared one too."""
+    strides = []
+
+    def watched(student, teacher, spec, temperatures, weights, gradient):
+        strides.extend((side.stride(0) % 16, side.data_ptr() % 16) for side in (student, teacher, gradient))
+        return divergence_module.divergence_rows_(student, teacher, spec, temperatures, weights, gradient)
+
+    monkeypatch.setattr(head_module, "implementation", lambda student, spec: SimpleNamespace(divergence_rows_=watched))
+    p = problem(n=11, dtype=torch.bfloat16).leaves()
+    student, (teacher, _) = sources(p)
+    for ids in (None, range(29), range(37), [0, 3, 5]):
+        said = teacher
+        if ids is not None:
+            shared = SharedVocabulary.of(ids)
+            said = InSharedVocabulary(SharedLogits(teacher, shared, 1.0), shared, 37)
+        divergence_of_head(student, said, DivergenceSpec(), weights_for(11), Chunking(3, 5))
+    assert len(strides) == 4 * 5 * 3 and set(strides) == {(0, 0)}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_product_in_blocks_is_the_product(dtype, monkeypatch):
     """What a device does whose torch has no product that adds 16-bit factors to a float32 sum, and a processor."""
@@ -1192,16 +1229,16 @@ class Memory(TorchDispatchMode):
         return result
 
 
-MEMORY_VOCAB, CHUNK_TOKENS = 1000, 16
+MEMORY_VOCAB, CHUNK_TOKENS = 1008, 16  # a multiple of 16 entries, so that rows need no padding
 
 
-def one_pass(p: Problem):
+def one_pass(p: Problem, **options):
     tensors, biases = p.arguments()
-    linear_divergence(*tensors, **biases, distillation_type="gkd", beta=0.5).loss.backward()
+    linear_divergence(*tensors, **biases, distillation_type="gkd", beta=0.5, **options).loss.backward()
 
 
-def token_pass(p: Problem):
-    out = tokens_of(p, distillation_type="gkd", beta=0.5)
+def token_pass(p: Problem, **options):
+    out = tokens_of(p, distillation_type="gkd", beta=0.5, **options)
     (out.log_prob + out.entropy + out.tokens.divergence).sum().backward()
 
 
@@ -1225,6 +1262,22 @@ def test_memory_is_independent_of_the_number_of_tokens(step, dtype, vocab, monke
     per_token = 4 * (3 * 8 + 40)
     assert many.peak - few.peak <= 38 * CHUNK_TOKENS * per_token
     assert many.peak < 6 * chunk
+
+
+@pytest.mark.parametrize("step", [one_pass, token_pass])
+def test_a_frozen_weight_has_no_group_of_gradients(step):
+    """They are collected for its product alone. Of hidden states and bias, nothing changes."""
+
+    def run_step(names, group):
+        p = problem(n=64, vocab=(MEMORY_VOCAB, MEMORY_VOCAB), dtype=torch.bfloat16).leaves(names)
+        with Memory(p) as memory:
+            step(p, chunking=Chunking(16, group))
+        return memory.peak, p.student_hidden.grad, p.student_bias.grad
+
+    alone, group = (run_step(("student_hidden", "student_bias"), rows) for rows in (16, 64))
+    assert group[0] == alone[0] and all(map(torch.equal, group[1:], alone[1:]))
+    names = ("student_hidden", "student_weight", "student_bias")
+    assert run_step(names, 64)[0] - run_step(names, 16)[0] >= 0.9 * (64 - 16) * MEMORY_VOCAB * 2
 
 
 def test_results_keep_no_gradients_alive():

@@ -191,6 +191,9 @@ def test_an_update_holds_saved_activations_and_the_head_or_a_layer():
     assert output[saved] == layers[saved] == 2 * 16_384 * 2048 * 28
     assert output["head: buffers"] == buffer_bytes(151_936, chunking_for(16_384, 151_936, 2048, 5120, 2, H100))
     assert output["head: float32 gradient of its weight"] == 4 * 151_936 * 2048
+    rows = chunking_for(16_384, 151_936, 2048, 5120, 2, H100).rows
+    lora = parts(replace(SETTINGS, lora_rank=16), "device", "update, output layer")
+    assert lora["head: buffers"] == buffer_bytes(151_936, Chunking(rows, rows)) < output["head: buffers"]
     assert output["teachers' output projections"] == 2 * 151_936 * 5120
     assert output["what the teachers said"] == 16_384 * 2 * 5120
     assert layers["activations of a layer, and their gradients"] == 2 * 34 * 16_384 * 2048

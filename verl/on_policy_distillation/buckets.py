@@ -40,7 +40,7 @@ from typing import Optional, Protocol
 import torch
 
 from verl.on_policy_distillation import divergence as divergence_module
-from verl.on_policy_distillation.divergence import LogitSource, chunks, temper_
+from verl.on_policy_distillation.divergence import LogitSource, chunks, padded_rows, temper_
 
 __all__ = [
     "Coarse",
@@ -86,7 +86,7 @@ class EntriesByToken:
         return named, x.scatter_(-1, self.ids, -torch.inf)
 
     def with_rest_(self, x: torch.Tensor, named: torch.Tensor, x_rest: torch.Tensor) -> torch.Tensor:
-        return torch.cat((named, x_rest), -1)
+        return _beside(named, x_rest)
 
     def put_together(self, named: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> None:
         _put(out, others.scatter_(-1, self.ids, named))
@@ -103,7 +103,7 @@ class FirstEntries:
 
     def with_rest_(self, x: torch.Tensor, named: torch.Tensor, x_rest: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] == self.size:
-            return torch.cat((named, x_rest), -1)
+            return _beside(named, x_rest)
         coarse = x[:, : self.size + 1]
         coarse[:, -1:] = x_rest
         return coarse
@@ -111,6 +111,12 @@ class FirstEntries:
     def put_together(self, named: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> None:
         _put(out[:, : self.size], named)
         out[:, self.size :] = others
+
+
+def _beside(named: torch.Tensor, x_rest: torch.Tensor) -> torch.Tensor:
+    both = padded_rows(len(named), named.shape[-1] + 1, named)
+    both[:, :-1], both[:, -1:] = named, x_rest
+    return both
 
 
 def _put(out: torch.Tensor, values: torch.Tensor) -> None:

@@ -62,7 +62,8 @@ Three verbs, so that the vocabulary may lie in shards:
    The mixtures need L and N in a second sum over the vocabulary, `mixture_sums`; those of shards are added (SUM).
 3. `gradient` of a shard, which writes weights * dD/dz.
 
-`divergence_rows_` does all of it for rows that are whole, in one pass over blocks that stay in a processor's cache.
+`divergence_rows_` does all of it for rows that are whole, in one pass over blocks that stay in a processor's cache;
+`policy_rows_` and `policy_gradient_` do so together with what RL reads of the student.
 """
 
 import math
@@ -76,6 +77,7 @@ __all__ = [
     "DIVERGENCES",
     "LOG_ZERO",
     "DenseLogits",
+    "CompareRows",
     "Divergence",
     "DivergenceSpec",
     "ENTROPY_SWITCH",
@@ -99,9 +101,14 @@ __all__ = [
     "merge",
     "mixture_sums",
     "normalize",
+    "padded_rows",
+    "policy_gradient_",
+    "policy_rows_",
     "statistics",
     "temper_",
     "token_divergence",
+    "with_policy_",
+    "with_policy_gradient_",
 ]
 
 LOG_ZERO = -103.27893  # log(2**-149), the smallest positive float32
@@ -115,6 +122,10 @@ CHUNK_ELEMENTS = 1 << 25
 # Elements of the blocks in which a processor with a cache walks through a chunk: the five tensors of a block (2 MiB
 # each) then stay in it, and the elementwise passes cost a fraction of what they cost from main memory.
 CACHED_BLOCK_ELEMENTS = 1 << 19
+
+# Rows of logits begin at multiples of so many entries: a kernel loads vectors of 16 bytes, and a compiler knows that a
+# row is aligned to them where its stride is a multiple of 16.
+ROW_ENTRIES = 16
 
 # The same on devices without such a cache: their torch passes need several tensors of a block, and a chunk of logits is
 # large there. 110 tokens of a vocabulary of 152 k, which fill such a device.
@@ -391,6 +402,12 @@ def chunks(num_tokens: int, vocab: int, elements: int) -> Iterator[slice]:
     most = max(1, elements // max(vocab, 1))
     step = math.ceil(num_tokens / math.ceil(num_tokens / most)) if num_tokens else 1
     return (slice(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step))
+
+
+def padded_rows(rows: int, vocab: int, like: torch.Tensor, dtype: Optional[torch.dtype] = None) -> torch.Tensor:
+    """New memory (rows, vocab), whose rows begin at multiples of `ROW_ENTRIES` entries; contiguous if vocab is one."""
+    whole = ROW_ENTRIES * math.ceil(vocab / ROW_ENTRIES)
+    return like.new_empty((rows, whole), dtype=dtype or like.dtype)[:, :vocab]
 
 
 def cache_blocks(logits: torch.Tensor) -> list[slice]:
@@ -783,6 +800,84 @@ class PolicyRows(NamedTuple):
         gradient = slope.add_(grad_log_prob.unsqueeze(-1)).mul_(p).neg_()
         labels = self.policy.labels.unsqueeze(-1)
         return gradient.scatter_add_(-1, labels, grad_log_prob.unsqueeze(-1)).div_(self.policy.temperature)
+
+
+# Of a block of rows, given the weights (rows,) of its gradient: results (fields, rows). Leaves the gradient, weighted,
+# over the student's first V logits.
+CompareRows = Callable[[slice, torch.Tensor], torch.Tensor]
+
+
+def policy_rows_(
+    student: torch.Tensor, teacher: torch.Tensor, spec: DivergenceSpec, temperatures: Temperatures, policy: Policy
+) -> torch.Tensor:
+    """What `policy` reads of rows, and the results of `divergence_rows_`. Overwrites both sides.
+
+    Args:
+        student: logits (rows, V_s), all entries of which the policy is over.
+        teacher: logits (rows, V <= V_s), of the student's first entries.
+        Everything else as in `divergence_rows_`.
+
+    Returns:
+        (2 + fields of `TokenDivergence`, rows): the log-probability of the label and the entropy first; nats.
+    """
+    compare = _comparison(student, teacher, spec, temperatures)
+    return with_policy_(student, policy, len(TokenDivergence._fields), compare)
+
+
+def policy_gradient_(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    spec: DivergenceSpec,
+    temperatures: Temperatures,
+    policy: Policy,
+    upstream: torch.Tensor,
+    gradient: torch.Tensor,
+) -> None:
+    """The gradient by `student` of sum(upstream * (log-probability, entropy, divergence)). Overwrites both sides.
+
+    Args:
+        upstream: (3, rows).
+        gradient: (rows, V_s), any float dtype, in which it is written; `student` itself will do.
+        Everything else as in `policy_rows_`.
+    """
+    compare = _comparison(student, teacher, spec, temperatures)
+    with_policy_gradient_(student, policy, teacher.shape[-1], compare, upstream, gradient)
+
+
+def _comparison(student, teacher, spec: DivergenceSpec, temperatures: Temperatures) -> CompareRows:
+    def compare(rows: slice, weights: torch.Tensor) -> torch.Tensor:
+        shared = student[rows, : teacher.shape[-1]]
+        return divergence_rows_(shared, teacher[rows], spec, temperatures, weights, shared)
+
+    return compare
+
+
+def with_policy_(student: torch.Tensor, policy: Policy, fields: int, compare: CompareRows) -> torch.Tensor:
+    """`policy_rows_` of any comparison that has so many fields: (2 + fields, rows)."""
+    results = student.new_empty((2 + fields, len(student)))
+    for rows in cache_blocks(student):
+        of_policy = PolicyRows.of(student[rows], policy.rows(rows))
+        results[:2, rows] = torch.stack((of_policy.log_prob, of_policy.entropy))
+        del of_policy  # its memory is as much as the block's
+        results[2:, rows] = compare(rows, student.new_ones(rows.stop - rows.start))
+    return results
+
+
+def with_policy_gradient_(
+    student: torch.Tensor,
+    policy: Policy,
+    vocab: int,
+    compare: CompareRows,
+    upstream: torch.Tensor,
+    gradient: torch.Tensor,
+) -> None:
+    """`policy_gradient_` of any comparison, which is of the student's first `vocab` entries."""
+    for rows in cache_blocks(student):
+        grad_log_prob, grad_entropy, grad_divergence = upstream[:, rows]
+        slope = PolicyRows.of(student[rows], policy.rows(rows)).gradient(grad_log_prob, grad_entropy)
+        compare(rows, grad_divergence)
+        slope[:, :vocab] += student[rows, :vocab]
+        gradient[rows] = slope
 
 
 # ----------------------------------------------------------------------------------------------------------------------

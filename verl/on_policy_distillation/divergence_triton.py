@@ -27,8 +27,10 @@ the results is `normalize`d and `finalize`d by torch in between.
 Bytes of a logit, both sides in float32 and a 16-bit gradient: 8 for each read and 2 for the gradient, 18 for the KLs
 and 26 for the mixtures. Loads of the next blocks are on their way while one is computed (`NUM_STAGES`).
 
-Rows whose number of entries is no multiple of 16 (shared vocabularies, 50,257) are read and written entry by entry, as
-the mask at their end says nothing of a whole vector: correct, and slower. Padded vocabularies are multiples.
+The blocks that a row has whole are read and written without a mask, 16 bytes at a time, whatever the number of its
+entries; a mask, which says nothing of a whole vector, is for the one block at its end. That takes rows that begin at
+multiples of 16 entries, as `padded_rows` of `divergence.py` lays them out. Others (odd strides, shards that begin
+anywhere) are read and written entry by entry: correct, and slower.
 
 A student's x, and likewise y, of -inf is a probability of zero, with `LOG_ZERO` for its logarithm. All sums are kept
 per lane of the block and added up at the end of the row.
@@ -60,7 +62,7 @@ __all__ = [
     "is_compiled",
     "mixture_sums",
     "policy_gradient_",
-    "policy_rows",
+    "policy_rows_",
     "statistics",
 ]
 
@@ -76,7 +78,7 @@ def is_compiled(spec: DivergenceSpec) -> bool:
 
 
 # Float32 entries of a row in one step, and of those in one thread. With 2048 and 8, a program has 8 warps, and its
-# eight sums per lane fill half of the 128 registers (what ptxas gives it) that leave room for two programs on one of
+# eight sums per lane fill half of the 128 registers (what `_options` allows) that leave room for two programs on one of
 # an H100's 132 multiprocessors, one program computing while the other waits; 16 KiB of loads per program and step,
 # because memory gives its full speed only to some 2 MiB of requests. One choice for all rows: it is computed, not
 # measured, and other sizes would only be compiled in vain.
@@ -106,10 +108,14 @@ def _parameter(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load(row, start, vocab, BLOCK: tl.constexpr):
-    """Entries `start` to `start + BLOCK` of a row, (BLOCK,); -inf after its end."""
+def _load(row, start, end, BLOCK: tl.constexpr):
+    """Entries `start` to `start + BLOCK` of a row, (BLOCK,); -inf from `end` on. None: the row has them all."""
     entry = start + tl.arange(0, BLOCK)
-    return tl.load(row + entry, mask=entry < vocab, other=-float("inf"))
+    if end is None:
+        logits = tl.load(row + entry)
+    else:
+        logits = tl.load(row + entry, mask=entry < end, other=-float("inf"))
+    return logits
 
 
 @triton.jit
@@ -127,8 +133,9 @@ def _step(highest, logits, rate, FAR: tl.constexpr):
 
 
 @triton.jit
-def _moved(kept, lost, own, cross, step, other_step):
+def _moved(sums, step, other_step):
     """One side's sums (BLOCK,) after its maximum has grown by `step`, and the other side's by `other_step`."""
+    kept, lost, own, cross = sums
     factor = tl.exp(-step)
     own = (own - step * (kept + lost)) * factor
     cross = (cross - step * (kept + lost) + other_step * kept) * factor
@@ -136,14 +143,16 @@ def _moved(kept, lost, own, cross, step, other_step):
 
 
 @triton.jit
-def _added(kept, lost, own, cross, e, x, gap, is_lost):
+def _added(sums, e, x, gap, is_lost):
     """One side's sums (BLOCK,) with another block: of e, apart where y is -inf (it counts as 0), e x and e (x - y)."""
+    kept, lost, own, cross = sums
     return kept + tl.where(is_lost, 0.0, e), lost + tl.where(is_lost, e, 0.0), own + e * x, cross + e * gap
 
 
 @triton.jit
-def _total(kept, lost, own, cross):
+def _total(sums):
     """Of the lanes' sums of one side: its four sums, scalars."""
+    kept, lost, own, cross = sums
     return tl.sum(kept, axis=0), tl.sum(lost, axis=0), tl.sum(own, axis=0), tl.sum(cross, axis=0)
 
 
@@ -166,53 +175,71 @@ def _statistics(
     And of the policy, whose dtype POLICY is (None without one), its maximum and two sums; see `_policy_added`.
     """
     dtype: tl.constexpr = student.dtype.element_ty
-    # Not -inf: -inf - -inf would be NaN where a row begins with a whole block of them.
-    s_high = tl.full((), LOWEST, dtype)
-    t_high = tl.full((), LOWEST, dtype)
-    p_high = tl.full((), LOWEST, dtype)
-    best_start = 0  # of the block with the first of the largest
-    s_kept = tl.zeros((BLOCK,), dtype)
-    s_lost = tl.zeros((BLOCK,), dtype)
-    s_own = tl.zeros((BLOCK,), dtype)
-    s_cross = tl.zeros((BLOCK,), dtype)
-    t_kept = tl.zeros((BLOCK,), dtype)
-    t_lost = tl.zeros((BLOCK,), dtype)
-    t_own = tl.zeros((BLOCK,), dtype)
-    t_cross = tl.zeros((BLOCK,), dtype)
+    lowest = tl.full((), LOWEST, dtype)  # not -inf: -inf - -inf would be NaN where a row begins with a block of them
+    zeros = tl.zeros((BLOCK,), dtype)
+    sums = (zeros, zeros, zeros, zeros)
+    policy = (lowest, lowest, lowest)  # not read without one
     if POLICY is not None:
-        p_mass = tl.zeros((BLOCK,), dtype)
-        p_own = tl.zeros((BLOCK,), dtype)
-    for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-        z = _load(student, start, vocab, BLOCK)
-        u = _load(teacher, start, vocab, BLOCK)
-        s_grown, s_step = _step(s_high, z, student_rate, FAR)
-        t_high, t_step = _step(t_high, u, teacher_rate, FAR)
-        if s_step + t_step > 0:  # a few times a row: the other blocks are spared a third of the work
-            s_kept, s_lost, s_own, s_cross = _moved(s_kept, s_lost, s_own, s_cross, s_step, t_step)
-            t_kept, t_lost, t_own, t_cross = _moved(t_kept, t_lost, t_own, t_cross, t_step, s_step)
-            if POLICY is not None:
-                p_high, p_mass, p_own = _policy_moved(p_high, p_mass, p_own, s_grown, policy_rate, POLICY, FAR)
-        best_start = tl.where(s_grown > s_high, start, best_start)
-        s_high = s_grown
-        x = (z - s_high) * student_rate
-        y = (u - t_high) * teacher_rate
-        is_x_lost = y == -float("inf")
-        is_y_lost = x == -float("inf")
-        e = tl.exp(x)
-        f = tl.exp(y)
-        x = _known(x, 0.0, FAR)
-        y = _known(y, 0.0, FAR)
-        s_kept, s_lost, s_own, s_cross = _added(s_kept, s_lost, s_own, s_cross, e, x, x - y, is_x_lost)
-        t_kept, t_lost, t_own, t_cross = _added(t_kept, t_lost, t_own, t_cross, f, y, y - x, is_y_lost)
-        if POLICY is not None:
-            p_mass, p_own = _policy_added(p_high, p_mass, p_own, z, policy_rate, POLICY, FAR)
-    is_best = _load(student, best_start, vocab, BLOCK) == s_high
+        policy = (lowest, zeros, zeros)
+    found = ((lowest, lowest), tl.zeros((), tl.int32), sums, sums, policy)
+    rates = (student_rate, teacher_rate, policy_rate)
+    whole = vocab // BLOCK * BLOCK
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        found = _statistics_with(found, student, teacher, start, None, rates, POLICY, FAR, BLOCK)
+    if whole < vocab:
+        found = _statistics_with(found, student, teacher, whole, vocab, rates, POLICY, FAR, BLOCK)
+    highest, best_start, s_sums, t_sums, policy = found
+    is_best = _load(student, best_start, vocab, BLOCK) == highest[0]
     best = tl.min(tl.where(is_best, best_start + tl.arange(0, BLOCK), _NO_ENTRY), axis=0)
-    policy = (p_high, p_high, p_high)
     if POLICY is not None:
-        policy = (p_high, tl.sum(p_mass, axis=0), tl.sum(p_own, axis=0))
-    student_sums = _total(s_kept, s_lost, s_own, s_cross)
-    return s_high, t_high, student_sums, _total(t_kept, t_lost, t_own, t_cross), best, policy
+        policy = (policy[0], tl.sum(policy[1], axis=0), tl.sum(policy[2], axis=0))
+    return highest[0], highest[1], _total(s_sums), _total(t_sums), best, policy
+
+
+@triton.jit
+def _statistics_with(
+    found,
+    student,
+    teacher,
+    start,
+    end,
+    rates,
+    POLICY: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`found` of the blocks so far, with the block at `start` (`end`: see `_load`).
+
+    found: the maxima, scalars; the `start` of the block with the first of the student's; each side's four sums, and
+    the policy's maximum and two sums, (BLOCK,).
+    """
+    highest, best_start, s_sums, t_sums, policy = found
+    s_high, t_high = highest
+    student_rate, teacher_rate, policy_rate = rates
+    z = _load(student, start, end, BLOCK)
+    u = _load(teacher, start, end, BLOCK)
+    s_grown, s_step = _step(s_high, z, student_rate, FAR)
+    t_high, t_step = _step(t_high, u, teacher_rate, FAR)
+    if s_step + t_step > 0:  # a few times a row: the other blocks are spared a third of the work
+        s_sums = _moved(s_sums, s_step, t_step)
+        t_sums = _moved(t_sums, t_step, s_step)
+        if POLICY is not None:
+            policy = _policy_moved(policy, s_grown, policy_rate, POLICY, FAR)
+    best_start = tl.where(s_grown > s_high, start, best_start)
+    s_high = s_grown
+    x = (z - s_high) * student_rate
+    y = (u - t_high) * teacher_rate
+    is_x_lost = y == -float("inf")
+    is_y_lost = x == -float("inf")
+    e = tl.exp(x)
+    f = tl.exp(y)
+    x = _known(x, 0.0, FAR)
+    y = _known(y, 0.0, FAR)
+    s_sums = _added(s_sums, e, x, x - y, is_x_lost)
+    t_sums = _added(t_sums, f, y, y - x, is_y_lost)
+    if POLICY is not None:
+        policy = _policy_added(policy, z, policy_rate, POLICY, FAR)
+    return (s_high, t_high), best_start, s_sums, t_sums, policy
 
 
 @triton.jit
@@ -337,24 +364,35 @@ def _mixture_sums(
 ):
     """Second pass: the two sums of `divergence.py`'s function of the same kind; scalars."""
     dtype: tl.constexpr = student.dtype.element_ty
-    first = tl.zeros((BLOCK,), dtype)
-    second = tl.zeros((BLOCK,), dtype)
-    blocks = tl.cdiv(vocab, BLOCK)
+    zeros = tl.zeros((BLOCK,), dtype)
+    sums = (zeros, zeros)
+    # Backwards: the cache holds the end of the row, which the first pass has just read.
+    blocks = vocab // BLOCK
+    if blocks * BLOCK < vocab:
+        sums = _mixture_sums_with(sums, student, teacher, blocks * BLOCK, vocab, normal, beta, rest, KIND, FAR, BLOCK)
     for index in tl.range(0, blocks, num_stages=STAGES):
-        # Backwards: the cache holds the end of the row, which the first pass has just read.
         start = (blocks - 1 - index) * BLOCK
-        z = _load(student, start, vocab, BLOCK)
-        u = _load(teacher, start, vocab, BLOCK)
-        s, t, log_ratio = _distributions(z, u, normal, FAR)
-        if KIND == "gkd":
-            log_m_over_s, log_m_over_t = _log_mixture_over_both(log_ratio, beta, rest)
-            first += t * log_m_over_t
-            second += s * log_m_over_s
-        else:
-            log_s_over_m, h = _skew_slope(log_ratio, beta, rest)
-            first += s * log_s_over_m
-            second += s * h
-    return tl.sum(first, axis=0), tl.sum(second, axis=0)
+        sums = _mixture_sums_with(sums, student, teacher, start, None, normal, beta, rest, KIND, FAR, BLOCK)
+    return tl.sum(sums[0], axis=0), tl.sum(sums[1], axis=0)
+
+
+@triton.jit
+def _mixture_sums_with(
+    sums, student, teacher, start, end, normal, beta, rest, KIND: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`sums` (BLOCK,) of the blocks so far, with the block at `start` (`end`: see `_load`)."""
+    z = _load(student, start, end, BLOCK)
+    u = _load(teacher, start, end, BLOCK)
+    s, t, log_ratio = _distributions(z, u, normal, FAR)
+    if KIND == "gkd":
+        log_m_over_s, log_m_over_t = _log_mixture_over_both(log_ratio, beta, rest)
+        first = t * log_m_over_t
+        second = s * log_m_over_s
+    else:
+        log_s_over_m, h = _skew_slope(log_ratio, beta, rest)
+        first = s * log_s_over_m
+        second = s * h
+    return sums[0] + first, sums[1] + second
 
 
 @triton.jit
@@ -377,8 +415,13 @@ def _finalize(reverse_kl, forward_kl, teacher_entropy, sums, beta, rest, KIND: t
 
 
 @triton.jit
-def _slope(z, u, normal, mean, is_forward, beta, rest, KIND: tl.constexpr, FAR: tl.constexpr):
-    """tau * dD/dz of a block of logits, (BLOCK,)."""
+def _slope(z, u, numbers, KIND: tl.constexpr, FAR: tl.constexpr):
+    """tau * dD/dz of a block of logits, (BLOCK,).
+
+    numbers: what it reads of a row, scalars: `normal` as `_distributions` takes it, `mean` and `is_forward` as
+    `_finalize` gives them, beta and 1 - beta.
+    """
+    normal, mean, is_forward, beta, rest = numbers
     s, t, log_ratio = _distributions(z, u, normal, FAR)
     if KIND == "reverse_kl":
         slope = s * (log_ratio - mean)
@@ -396,12 +439,16 @@ def _slope(z, u, normal, mean, is_forward, beta, rest, KIND: tl.constexpr, FAR: 
 
 
 @triton.jit
-def _store(row, start, vocab, values, BLOCK: tl.constexpr):
-    """Entries of a row, in its dtype."""
+def _store(row, start, end, values, BLOCK: tl.constexpr):
+    """Entries of a row, in its dtype. `end` as in `_load`."""
     if row.dtype.element_ty.primitive_bitwidth == 16:
         values = values.to(tl.float32)  # from float64 there is no direct way
+    values = values.to(row.dtype.element_ty)
     entry = start + tl.arange(0, BLOCK)
-    tl.store(row + entry, values.to(row.dtype.element_ty), mask=entry < vocab)
+    if end is None:
+        tl.store(row + entry, values)
+    else:
+        tl.store(row + entry, values, mask=entry < end)
 
 
 @triton.jit
@@ -411,28 +458,67 @@ def _write_gradient(
     gradient,
     factor,
     vocab,
-    normal,
-    mean,
-    is_forward,
-    beta,
-    rest,
+    end,
+    numbers,
+    of_policy,
     KIND: tl.constexpr,
+    POLICY: tl.constexpr,
     IS_BACKWARD: tl.constexpr,
     FAR: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Last pass: `factor` * tau * dD/dz. It may go over the student's logits: no block is read after it is written."""
-    blocks = tl.cdiv(vocab, BLOCK)
+    """Last pass: `factor` * tau * dD/dz, and, where POLICY is not None, the policy's; see `_slope`, `_policy_slope`.
+
+    To `end` >= vocab entries. It may go over the student's logits: no block is read after it is written.
+    """
+    blocks = vocab // BLOCK
+    if IS_BACKWARD:  # against the direction of the pass before, as in `_mixture_sums`
+        for start in range(blocks * BLOCK, end, BLOCK):
+            _write_block(
+                student, teacher, gradient, factor, start, vocab, end, numbers, of_policy, KIND, POLICY, FAR, BLOCK
+            )
     for index in tl.range(0, blocks, num_stages=STAGES):
-        if IS_BACKWARD:  # against the direction of the pass before, as in `_mixture_sums`
+        if IS_BACKWARD:
             start = (blocks - 1 - index) * BLOCK
         else:
             start = index * BLOCK
-        z = _load(student, start, vocab, BLOCK)
-        u = _load(teacher, start, vocab, BLOCK)
-        slope = _slope(z, u, normal, mean, is_forward, beta, rest, KIND, FAR)
-        _store(gradient, start, vocab, slope * factor, BLOCK)
+        _write_block(
+            student, teacher, gradient, factor, start, None, None, numbers, of_policy, KIND, POLICY, FAR, BLOCK
+        )
+    if not IS_BACKWARD:
+        for start in range(blocks * BLOCK, end, BLOCK):
+            _write_block(
+                student, teacher, gradient, factor, start, vocab, end, numbers, of_policy, KIND, POLICY, FAR, BLOCK
+            )
+
+
+@triton.jit
+def _write_block(
+    student,
+    teacher,
+    gradient,
+    factor,
+    start,
+    vocab,
+    end,
+    numbers,
+    of_policy,
+    KIND: tl.constexpr,
+    POLICY: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The block at `start` of `_write_gradient`. `vocab` and `end` are None for one that both sides have whole."""
+    z = _load(student, start, end, BLOCK)
+    u = _load(teacher, start, vocab, BLOCK)
+    slope = _slope(z, u, numbers, KIND, FAR) * factor
+    if POLICY is not None:
+        entry = start + tl.arange(0, BLOCK)
+        if vocab is not None:
+            slope = tl.where(entry < vocab, slope, 0.0)
+        slope += _policy_slope(z, entry, of_policy, POLICY, FAR)
+    _store(gradient, start, end, slope, BLOCK)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -440,8 +526,9 @@ def _write_gradient(
 
 
 @triton.jit
-def _policy_moved(high, mass, own, s_high, policy_rate, POLICY: tl.constexpr, FAR: tl.constexpr):
+def _policy_moved(policy, s_high, policy_rate, POLICY: tl.constexpr, FAR: tl.constexpr):
     """The policy's maximum and its sums of e and e x, moved to where the student's maximum is `s_high`."""
+    high, mass, own = policy
     grown = tl.maximum(high, _rounded(s_high, POLICY))  # rounding keeps the order, so this is the rounded logits'
     step = (grown - high) * policy_rate
     step = tl.where(step > FAR, FAR, step)
@@ -450,11 +537,12 @@ def _policy_moved(high, mass, own, s_high, policy_rate, POLICY: tl.constexpr, FA
 
 
 @triton.jit
-def _policy_added(high, mass, own, z, policy_rate, POLICY: tl.constexpr, FAR: tl.constexpr):
-    """Its sums (BLOCK,) with a block of logits, none of which is above the maximum."""
+def _policy_added(policy, z, policy_rate, POLICY: tl.constexpr, FAR: tl.constexpr):
+    """Its maximum, and its sums (BLOCK,) with a block of logits, none of which is above the maximum."""
+    high, mass, own = policy
     x = (_rounded(z, POLICY) - high) * policy_rate
     e = tl.exp(x)
-    return mass + e, own + e * _known(x, 0.0, FAR)
+    return high, mass + e, own + e * _known(x, 0.0, FAR)
 
 
 @triton.jit
@@ -464,18 +552,22 @@ def _rounded(z, POLICY: tl.constexpr):
 
 
 @triton.jit
-def _policy_slope(
-    z, entry, label, policy, policy_rate, of_log_prob, of_entropy, POLICY: tl.constexpr, FAR: tl.constexpr
-):
-    """of_log_prob * tau * dlog p_label/dz + of_entropy * tau * dH/dz of a block of logits, (BLOCK,)."""
-    p_high, log_mass, entropy = policy
+def _policy_slope(z, entry, numbers, POLICY: tl.constexpr, FAR: tl.constexpr):
+    """of_log_prob * tau * dlog p_label/dz + of_entropy * tau * dH/dz of a block of logits, (BLOCK,).
+
+    numbers: what it reads of a row, scalars: the policy's maximum, log-mass and entropy, its rate, the label, and what
+    multiplies the two gradients.
+    """
+    p_high, log_mass, entropy, policy_rate, label, of_log_prob, of_entropy = numbers
     x = (_rounded(z, POLICY) - p_high) * policy_rate
     p = tl.exp(x - log_mass)
     slope = -p * (of_log_prob + of_entropy * (_known(x, 0.0, FAR) - log_mass + entropy))
     return tl.where(entry == label, slope + of_log_prob, slope)
 
 
-@triton.jit(do_not_specialize=["rows"])  # the last chunk's number may be any
+# The last chunk may have any number of rows, and a mask at the end of any vocabulary takes one entry at a time: neither
+# is worth a compilation of its own.
+@triton.jit(do_not_specialize=["rows", "vocab"])
 def _rows_kernel(
     student,
     teacher,
@@ -523,18 +615,18 @@ def _rows_kernel(
     value, mean, is_forward = _finalize(divergences[0], divergences[1], entropies[1], sums, beta, rest, KIND)
     _store_results(results + row, rows, value, divergences, entropies, teacher, best, vocab, t_high)
     factor = tl.load(factors + row)
+    numbers = (normal, mean, is_forward, beta, rest)
     _write_gradient(
         student,
         teacher,
         gradient,
         factor,
         vocab,
-        normal,
-        mean,
-        is_forward,
-        beta,
-        rest,
+        vocab,
+        numbers,
+        numbers,
         KIND,
+        None,
         not is_mixture,
         FAR,
         BLOCK,
@@ -555,7 +647,7 @@ def _store_results(results, rows, value, divergences, entropies, teacher, best, 
     tl.store(results + 5 * rows, is_agreed.to(results.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "vocab", "policy_vocab"])
 def _policy_kernel(
     student,
     teacher,
@@ -616,22 +708,24 @@ def _policy_kernel(
         of_log_prob = tl.load(upstream + row) * policy_rate
         of_entropy = tl.load(upstream + rows + row) * policy_rate
         of_divergence = tl.load(upstream + 2 * rows + row) * student_rate
-        blocks = tl.cdiv(policy_vocab, BLOCK)
-        # A block is read before any of it is written.
-        for index in tl.range(0, blocks, num_stages=STAGES):
-            if is_mixture:  # against the direction of the pass before, as in `_write_gradient`
-                start = index * BLOCK
-            else:
-                start = (blocks - 1 - index) * BLOCK
-            entry = start + tl.arange(0, BLOCK)
-            z = _load(student, start, policy_vocab, BLOCK)
-            u = _load(teacher, start, vocab, BLOCK)
-            slope = _slope(z, u, normal, mean, is_forward, beta, rest, KIND, FAR)
-            slope = tl.where(entry < vocab, slope * of_divergence, 0.0)
-            slope += _policy_slope(
-                z, entry, label, (p_high, log_mass, entropy), policy_rate, of_log_prob, of_entropy, POLICY, FAR
-            )
-            _store(gradient, start, policy_vocab, slope, BLOCK)
+        numbers = (normal, mean, is_forward, beta, rest)
+        of_policy = (p_high, log_mass, entropy, policy_rate, label, of_log_prob, of_entropy)
+        _write_gradient(
+            student,
+            teacher,
+            gradient,
+            of_divergence,
+            vocab,
+            policy_vocab,
+            numbers,
+            of_policy,
+            KIND,
+            POLICY,
+            not is_mixture,
+            FAR,
+            BLOCK,
+            STAGES,
+        )
     else:
         # An id that is no entry has no log-prob.
         is_entry = (label >= 0) & (label < policy_vocab)
@@ -648,18 +742,16 @@ def _policy_of_the_rest(
     student, vocab, policy_vocab, policy, policy_rate, POLICY: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The policy's maximum and sums with the entries from `vocab` on added, scalars."""
-    high, mass, own = policy
     for start in range(vocab, policy_vocab, BLOCK):
         z = _load(student, start, policy_vocab, BLOCK)
-        high, mass, own = _policy_moved(high, mass, own, tl.max(z, axis=0), policy_rate, POLICY, FAR)
+        policy = _policy_moved(policy, tl.max(z, axis=0), policy_rate, POLICY, FAR)
         zeros = tl.zeros((BLOCK,), z.dtype)
-        e, e_x = _policy_added(high, zeros, zeros, z, policy_rate, POLICY, FAR)
-        mass += tl.sum(e, axis=0)
-        own += tl.sum(e_x, axis=0)
-    return high, mass, own
+        high, e, e_x = _policy_added((policy[0], zeros, zeros), z, policy_rate, POLICY, FAR)
+        policy = (high, policy[1] + tl.sum(e, axis=0), policy[2] + tl.sum(e_x, axis=0))
+    return policy
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "vocab"])
 def _statistics_kernel(
     student,
     teacher,
@@ -703,7 +795,7 @@ def _load_normal(highest, masses, row, rows, student_rate, teacher_rate):
     return (s_high, tl.load(masses + row), student_rate, t_high, tl.load(masses + rows + row), teacher_rate)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "vocab"])
 def _mixture_kernel(
     student,
     teacher,
@@ -738,7 +830,7 @@ def _mixture_kernel(
     tl.store(sums + rows + row, second)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "vocab"])
 def _gradient_kernel(
     student,
     teacher,
@@ -777,8 +869,9 @@ def _gradient_kernel(
     if KIND == "entropy_switch":
         is_forward = tl.load(means + rows + row) > 0
     factor = tl.load(factors + row)
+    numbers = (normal, mean, is_forward, beta, rest)
     _write_gradient(
-        student, teacher, gradient, factor, vocab, normal, mean, is_forward, beta, rest, KIND, False, FAR, BLOCK, STAGES
+        student, teacher, gradient, factor, vocab, vocab, numbers, numbers, KIND, None, False, FAR, BLOCK, STAGES
     )
 
 
@@ -797,7 +890,11 @@ def _on_device(logits: torch.Tensor) -> AbstractContextManager:
 
 def _options(logits: torch.Tensor) -> dict:
     block, num_warps = _block_and_warps(logits.dtype)
-    return {"FAR": divergence.far(logits.dtype), "BLOCK": block, "STAGES": NUM_STAGES, "num_warps": num_warps}
+    options = {"FAR": divergence.far(logits.dtype), "BLOCK": block, "STAGES": NUM_STAGES, "num_warps": num_warps}
+    if logits.dtype == torch.float32 and torch.version.hip is None:  # an option of NVIDIA's compiler
+        # So that two programs share a multiprocessor. One would else take 170 for each thread, to no gain.
+        options["maxnreg"] = min(255, _REGISTERS // (2 * 32 * num_warps))
+    return options
 
 
 def _factors(weights: torch.Tensor, temperatures: Temperatures, like: torch.Tensor) -> torch.Tensor:
@@ -927,22 +1024,14 @@ def divergence_rows_(
     return results
 
 
-def policy_rows(
+def policy_rows_(
     student: torch.Tensor,
     teacher: torch.Tensor,
     spec: DivergenceSpec,
     temperatures: Temperatures,
     policy: Policy,
 ) -> torch.Tensor:
-    """What `policy` reads of rows, and `divergence_rows_` without a gradient, in one launch.
-
-    Args:
-        student: logits (rows, V_s), all entries of which the policy is over; it stays as it is.
-        teacher: logits (rows, V <= V_s), of the student's first entries.
-
-    Returns:
-        (2 + fields of `TokenDivergence`, rows): the log-probability of the label and the entropy first.
-    """
+    """`divergence.policy_rows_`, in one launch, which leaves both sides as they are."""
     results = student.new_empty((2 + len(TokenDivergence._fields), len(student)))
     _launch_policy(student, teacher, spec, temperatures, policy, results, results, student, is_gradient=False)
     return results
@@ -957,13 +1046,7 @@ def policy_gradient_(
     upstream: torch.Tensor,
     gradient: torch.Tensor,
 ) -> None:
-    """The gradient by `student` of sum(upstream * (log-probability, entropy, divergence)), in one launch.
-
-    Args:
-        upstream: (3, rows).
-        gradient: (rows, V_s), any float dtype, in which it is written; `student` itself will do.
-        Everything else as in `policy_rows`.
-    """
+    """`divergence.policy_gradient_`, in one launch."""
     upstream = upstream.to(student.dtype).contiguous()
     _launch_policy(student, teacher, spec, temperatures, policy, upstream, upstream, gradient, is_gradient=True)
 
@@ -975,10 +1058,6 @@ def _launch_policy(
     if not rows:
         return
     rates = (*(1.0 / temperature for temperature in temperatures), 1.0 / policy.temperature)
-    options = _options(student)
-    if student.dtype == torch.float32 and torch.version.hip is None:  # an option of NVIDIA's compiler
-        # So that two programs share a multiprocessor. With the policy's sums one would else take 180 for each thread.
-        options["maxnreg"] = min(255, _REGISTERS // (2 * 32 * options["num_warps"]))
     with _on_device(student):
         _policy_kernel[(rows,)](
             student,
@@ -1000,5 +1079,5 @@ def _launch_policy(
             POLICY=_TRITON_DTYPES[policy.dtype],
             IS_GRADIENT=is_gradient,
             LOWEST=torch.finfo(student.dtype).min,
-            **options,
+            **_options(student),
         )

@@ -39,6 +39,7 @@ time, but for n = 8,192 and V = 151,936 each stored tensor would cost 5 GB in fl
 `linear_divergence` and `linear_token_divergence` are the same with plain tensors as arguments.
 """
 
+import math
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
@@ -57,17 +58,20 @@ from verl.on_policy_distillation.buckets import (
 )
 from verl.on_policy_distillation.divergence import (
     DIVERGENCES,
+    CompareRows,
     DivergenceSpec,
     LogitSource,
     Policy,
-    PolicyRows,
     Temperatures,
     TokenDivergence,
     cache_blocks,
     chunks,
+    padded_rows,
+    with_policy_,
+    with_policy_gradient_,
 )
 from verl.on_policy_distillation.mixture import MixtureLogits, mixture_of
-from verl.on_policy_distillation.roofline import Chunking, accelerator_of, chunking_for
+from verl.on_policy_distillation.roofline import TILE, Chunking, accelerator_of, chunking_for
 
 __all__ = [
     "KL_TO",
@@ -270,7 +274,7 @@ def _add_product_in_blocks_(total: torch.Tensor, a: torch.Tensor, b: torch.Tenso
 
 
 def implementation(student: torch.Tensor, spec: DivergenceSpec) -> ModuleType:
-    """Whose `statistics`, `mixture_sums`, `gradient` and `divergence_rows_` are used for the logits `student`.
+    """Whose functions, of rows that are whole and of shards, are used for the logits `student`.
 
     Triton's on the devices that it is compiled for, torch's elsewhere and for a divergence of the user's own.
     """
@@ -390,11 +394,39 @@ class _Target(NamedTuple):
         refine(coarse, coarse.logits, gradient)
         return results
 
-    def fused(self, student: torch.Tensor) -> Optional[ModuleType]:
-        """Whose `policy_rows` and `policy_gradient_` take the divergence and the policy at once; None if nobody's."""
-        is_plain = self.shared is None and not isinstance(self.teacher, TopKTail)
-        module = implementation(student, self.spec)
-        return module if is_plain and module is not divergence_module else None
+    def policy_rows_(
+        self, head: LinearLogits, student: torch.Tensor, said: torch.Tensor | TopKTail, policy: Policy
+    ) -> torch.Tensor:
+        """log_prob and entropy of the policy, and the results of `rows_`: (2 + `fields`, rows). Overwrites both."""
+        if self.shared is not None or isinstance(said, TopKTail):
+            return with_policy_(student, policy, self.fields, self._comparison(head, student, said))
+        function = implementation(student, self.spec).policy_rows_
+        return function(student, said, self.spec, self.temperatures(head), policy)
+
+    def policy_gradient_(
+        self,
+        head: LinearLogits,
+        student: torch.Tensor,
+        said: torch.Tensor | TopKTail,
+        policy: Policy,
+        upstream: torch.Tensor,
+        gradient: torch.Tensor,
+    ) -> None:
+        """By the student's logits in their units, to `gradient`, which may be these; `upstream` (3, rows)."""
+        if self.shared is not None or isinstance(said, TopKTail):
+            compare = self._comparison(head, student, said)
+            return with_policy_gradient_(student, policy, self.vocab, compare, upstream, gradient)
+        function = implementation(student, self.spec).policy_gradient_
+        return function(student, said, self.spec, self.temperatures(head), policy, upstream, gradient)
+
+    def _comparison(self, head: LinearLogits, student: torch.Tensor, said: torch.Tensor | TopKTail) -> CompareRows:
+        """`rows_` of a block, over whose logits the gradient goes."""
+
+        def compare(rows: slice, weights: torch.Tensor) -> torch.Tensor:
+            shared = student[rows, : self.vocab]
+            return self.rows_(head, shared, _rows_of(said, rows), weights, shared)
+
+        return compare
 
     def temperatures(self, head: LinearLogits) -> Temperatures:
         """What divides each side's logits in their units."""
@@ -453,7 +485,15 @@ class _Group(NamedTuple):
 
 def _memory(logits: LinearLogits, tokens: int) -> torch.Tensor:
     """For the logits of a chunk. To allocate once saves a page fault per 4 KiB."""
-    return logits.hidden.new_empty((tokens, logits.shape[-1]), dtype=logits.dtype)
+    return padded_rows(tokens, logits.shape[-1], logits.hidden, logits.dtype)
+
+
+def _in_whole_tiles(rows: int, tokens: int) -> int:
+    """For how many rows memory is made: no more than `rows`, and of few sizes, whatever the micro-batch's `tokens`.
+
+    An allocator that caches what it has had would else keep a block for each size.
+    """
+    return min(rows, TILE * math.ceil(tokens / TILE))
 
 
 def _source(teacher: LogitSource) -> LogitSource:
@@ -480,26 +520,31 @@ def _chunking(head: LinearLogits, target: _Target, needs_gradients: bool) -> Chu
 
 
 def _token_groups(
-    head: LinearLogits, target: _Target, chunking: Optional[Chunking], needs_gradients: bool
+    head: LinearLogits, target: _Target, chunking: Optional[Chunking], gradients: Optional[_HeadGradients]
 ) -> Iterator[_Group]:
-    """`chunking`: None for the one that suits the device.
+    """`chunking`: None for the one that suits the device. `gradients`: that the groups are for; None without any.
 
     Raises:
         ValueError: a chunking without rows, or with groups of less than a chunk.
     """
+    needs_gradients = gradients is not None and gradients.is_any
     rows, group = chunking or _chunking(head, target, needs_gradients)
     if not 1 <= rows <= group:
         raise ValueError(f"chunking={Chunking(rows, group)}: pass rows of 1 or more, and a group of no fewer.")
     # The gradient goes over the student's logits, which it fits.
     is_over = head.dtype == head.weight.dtype or not needs_gradients
-    group = rows if is_over else group
+    # Of the products, only that of the weight's gradient is the faster for more tokens; a frozen head has none.
+    if is_over or gradients is None or gradients.weight is None:
+        group = rows
     tokens = head.shape[0]
-    rows, group = min(rows, tokens), min(group, tokens)
-    student, source = _memory(head, rows), _source(target.teacher)
-    teacher = _memory(source, rows) if isinstance(source, LinearLogits) else None
-    before_cap = _memory(head, rows) if needs_gradients and head.softcap is not None else None
-    gradient = student if is_over else student.new_empty((group, student.shape[-1]), dtype=head.weight.dtype)
-    for first in range(0, tokens, max(group, 1)):
+    most, source = _in_whole_tiles(rows, tokens), _source(target.teacher)
+    student = _memory(head, most)
+    teacher = _memory(source, most) if isinstance(source, LinearLogits) else None
+    before_cap = _memory(head, most) if needs_gradients and head.softcap is not None else None
+    gradient = student
+    if not is_over:
+        gradient = padded_rows(_in_whole_tiles(group, tokens), head.shape[-1], student, head.weight.dtype)
+    for first in range(0, tokens, group):
         last = min(first + group, tokens)
         slices = [slice(start, min(start + rows, last)) for start in range(first, last, rows)]
         parts = [
@@ -512,6 +557,11 @@ def _token_groups(
 def _student_logits(head: LinearLogits, chunk: _Chunk) -> torch.Tensor:
     """The student's logits of a chunk, in its units, in the memory that the chunk brings."""
     return head.in_units(chunk.tokens, chunk.student, chunk.before_cap)
+
+
+def _gradient_memory(chunk: _Chunk, student: torch.Tensor) -> torch.Tensor:
+    """Where the gradient by the logits goes: over these where the cap's slope is to come, which takes all digits."""
+    return chunk.gradient if chunk.before_cap is None else student
 
 
 def _keep_gradient(head: LinearLogits, chunk: _Chunk, gradient: torch.Tensor) -> None:
@@ -543,7 +593,7 @@ class _HeadDivergence(torch.autograd.Function):
         # At most one in the products, so that the 16-bit gradients of a mean over many tokens do not vanish.
         largest = torch.linalg.vector_norm(token_weights, torch.inf) if len(hidden) else token_weights.new_ones(())
         largest = largest.clamp_min(torch.finfo(results.dtype).tiny)
-        for group in _token_groups(head, target, chunking, gradients.is_any):
+        for group in _token_groups(head, target, chunking, gradients):
             for chunk in group.chunks:
                 weights = token_weights[chunk.tokens] / largest
                 results[:, chunk.tokens] = _one_pass(head, target, chunk, weights)
@@ -570,8 +620,7 @@ def _one_pass(head: LinearLogits, target: _Target, chunk: _Chunk, weights: torch
     """Results of a chunk's tokens; writes their gradient to where the chunk's goes."""
     student = _student_logits(head, chunk)
     teacher, kls = target.compare(head, chunk, student)
-    # Over the logits, where the cap's slope is still to come: that takes all digits.
-    gradient = chunk.gradient if chunk.before_cap is None else student
+    gradient = _gradient_memory(chunk, student)
     results = target.rows_(head, student, teacher, weights, gradient)
     _keep_gradient(head, chunk, gradient)
     return target.with_kls(chunk, results, kls)
@@ -686,7 +735,7 @@ class _HeadTokens(torch.autograd.Function):
         # A model's own head rounds its logits to its weight's dtype, and old and reference log-probs come from there:
         # ratios would not be one at the first update if these kept the digits that a wide product has.
         policy = Policy(labels, log_prob_temperature / head.unit, head.weight.dtype)
-        for group in _token_groups(head, target, chunking, needs_gradients=False):
+        for group in _token_groups(head, target, chunking, None):
             for chunk in group.chunks:
                 results[:, chunk.tokens] = _token_results(head, target, chunk, policy.rows(chunk.tokens))
         ctx.save_for_backward(hidden, weight, bias, labels)
@@ -704,7 +753,7 @@ class _HeadTokens(torch.autograd.Function):
         policy = Policy(labels, ctx.temperature, head.weight.dtype)
         upstream = torch.stack((grad_log_prob, grad_entropy, grad_divergence))
         with _exact(head):
-            for group in _token_groups(head, ctx.target, ctx.chunking, needs_gradients=True):
+            for group in _token_groups(head, ctx.target, ctx.chunking, gradients):
                 for chunk in group.chunks:
                     _token_gradient(head, ctx.target, chunk, policy.rows(chunk.tokens), upstream[:, chunk.tokens])
                 gradients.add(group.tokens, group.gradient)
@@ -715,57 +764,17 @@ def _token_results(head: LinearLogits, target: _Target, chunk: _Chunk, policy: P
     """log_prob, entropy, the target's fields and each teacher's KL, (2 + fields + K, chunk)."""
     student = _student_logits(head, chunk)
     teacher, kls = target.compare(head, chunk, student)
-    if fused := target.fused(student):
-        results = fused.policy_rows(student, teacher, target.spec, target.temperatures(head), policy)
-    else:
-        results = _policy_rows_(head, target, student, teacher, policy)
+    results = target.policy_rows_(head, student, teacher, policy)
     return torch.cat((results[:2], target.with_kls(chunk, results[2:], kls)))
-
-
-def _policy_rows_(
-    head: LinearLogits, target: _Target, student: torch.Tensor, teacher: torch.Tensor | TopKTail, policy: Policy
-) -> torch.Tensor:
-    """Of a chunk's logits, which it overwrites: log_prob, entropy, and the target's fields, (2 + fields, chunk)."""
-    results = student.new_empty((2 + target.fields, len(student)))
-    for rows in cache_blocks(student):
-        policy_rows = PolicyRows.of(student[rows], policy.rows(rows))
-        results[:2, rows] = torch.stack((policy_rows.log_prob, policy_rows.entropy))
-        del policy_rows
-        shared = student[rows, : target.vocab]
-        results[2:, rows] = target.rows_(head, shared, _rows_of(teacher, rows), shared.new_ones(len(shared)), shared)
-    return results
 
 
 def _token_gradient(head: LinearLogits, target: _Target, chunk: _Chunk, policy: Policy, upstream: torch.Tensor) -> None:
     """By the product (chunk, V), to where the chunk's gradient goes; `upstream` (3, chunk) of log_prob, entropy, D."""
     student = _student_logits(head, chunk)
     teacher = target.said(chunk, student.dtype)
-    gradient = student
-    if fused := target.fused(student):
-        gradient = chunk.gradient if chunk.before_cap is None else student
-        temperatures = target.temperatures(head)
-        fused.policy_gradient_(student, teacher, target.spec, temperatures, policy, upstream, gradient)
-    else:
-        _policy_gradient_(head, target, student, teacher, policy, upstream)
+    gradient = _gradient_memory(chunk, student)
+    target.policy_gradient_(head, student, teacher, policy, upstream, gradient)
     _keep_gradient(head, chunk, gradient)
-
-
-def _policy_gradient_(
-    head: LinearLogits,
-    target: _Target,
-    student: torch.Tensor,
-    teacher: torch.Tensor | TopKTail,
-    policy: Policy,
-    upstream: torch.Tensor,
-) -> None:
-    """Of a chunk's logits, over which it goes; `upstream` (3, chunk) of log_prob, entropy, D."""
-    for rows in cache_blocks(student):
-        grad_log_prob, grad_entropy, grad_divergence = upstream[:, rows]
-        gradient = PolicyRows.of(student[rows], policy.rows(rows)).gradient(grad_log_prob, grad_entropy)
-        shared = student[rows, : target.vocab]
-        target.rows_(head, shared, _rows_of(teacher, rows), grad_divergence, shared)
-        gradient[:, : target.vocab] += shared
-        student[rows] = gradient
 
 
 def tokens_of_head(

@@ -47,6 +47,7 @@ from verl.on_policy_distillation.roofline import (
     ACCELERATORS,
     INSTRUCTIONS,
     Accelerator,
+    Chunking,
     buffer_bytes,
     chunking_for,
     head_cost,
@@ -443,9 +444,11 @@ def _said_bytes(teachers: Sequence[Model], s: Settings, payload: str) -> int:
     return sum(largest(sizes, s.teachers_per_token))
 
 
-def _chunking(student: Model, teachers: Sequence[Model], s: Settings, accelerator: Accelerator):
+def _chunking(student: Model, teachers: Sequence[Model], s: Settings, accelerator: Accelerator) -> Chunking:
     widest = max((teacher.width for teacher in teachers), default=student.width)
-    return chunking_for(s.micro_tokens, student.vocab, student.width, widest, 2, accelerator)
+    chosen = chunking_for(s.micro_tokens, student.vocab, student.width, widest, 2, accelerator)
+    # A frozen head has no gradient of its weight to collect a group of chunks for.
+    return Chunking(chosen.rows, chosen.rows) if s.lora_rank else chosen
 
 
 def _host(student: Model, teachers: Sequence[Model], s: Settings) -> list[Phase]:
