@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from verl.on_policy_distillation import hydra_source
 from verl.on_policy_distillation.engine_fsdp import ENDS_IN_COLUMNS, TEACHER_ROW
 from verl.on_policy_distillation.head import LinearLogits
+from verl.on_policy_distillation.losses import GLOBAL_STEPS
 from verl.on_policy_distillation.signal import HiddenStates, Logits
 from verl.on_policy_distillation.teacher_prompts import PromptSettings
 from verl.on_policy_distillation.worker import with_teachers
@@ -41,6 +42,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
+STEP = 4  # of the training, for every case
 DENSE = "dense"  # among a case's overrides: the losses on whole logits, instead of the student's head
 MACHINE = (
     "trainer.device=cpu",
@@ -173,6 +175,7 @@ def update(started, batch, rank, world_size):
         max_token_len_per_gpu=config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu,
         use_remove_padding=config.actor_rollout_ref.model.use_remove_padding,
         use_fused_kernels=False,
+        **{GLOBAL_STEPS: STEP},
         **flags,
     )
     engine = actor.actor.engine

@@ -37,6 +37,7 @@ from verl.on_policy_distillation.checks import (
     refuse_misspelt_overrides,
     require_torch,
     validate,
+    warn_of_unfinished_schedule,
 )
 from verl.on_policy_distillation.config import DistillationPolicyLossConfig, TeacherConfig, field_names
 from verl.on_policy_distillation.divergence import DivergenceSpec
@@ -345,6 +346,18 @@ MISTAKES = {
     ),
     "temperature": ([PURE, f"{ACTOR}.policy_loss.distillation_temperature=0"], "distillation_temperature=0.*positive"),
     "weight": ([HYBRID, f"{ACTOR}.policy_loss.hybrid_lambda_rl=-1"], "hybrid_lambda_rl=-1.*negative"),
+    "schedule without RL": (
+        [
+            PURE,
+            f"{ACTOR}.policy_loss.hybrid_lambda_distill_schedule=linear",
+            f"{ACTOR}.policy_loss.hybrid_lambda_distill_steps=8",
+        ],
+        "hybrid_lambda_distill_schedule=linear has no effect with on_policy_distillation.*hybrid_rl_distillation",
+    ),
+    "schedule without an end": (
+        [HYBRID, f"{ACTOR}.policy_loss.hybrid_lambda_distill_schedule=linear"],
+        "hybrid_lambda_distill_steps=None with hybrid_lambda_distill_schedule=linear: set it to a whole number",
+    ),
     "head": (
         [PURE, f"+{ACTOR}.policy_loss.distillation_head=dense"],
         "distillation_head='dense' is not a key any more",
@@ -362,6 +375,17 @@ def test_a_mistake_names_the_key_the_value_and_the_fix(mistake, models):
     overrides, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         validate(make_config(*models, *overrides))
+
+
+def test_a_schedule_that_the_run_does_not_end_is_said(models, caplog):
+    schedule = ("schedule=linear", "steps=35")
+    config = make_config(HYBRID, *models, *(f"{ACTOR}.policy_loss.hybrid_lambda_distill_{part}" for part in schedule))
+    validate(config)
+    warn_of_unfinished_schedule(config, 35)
+    assert not caplog.text
+    warn_of_unfinished_schedule(config, 15)
+    assert "hybrid_lambda_distill_steps=35 is more than the run's 15 steps: at the last one" in caplog.text
+    assert "still 0.6." in caplog.text
 
 
 def test_a_stretched_context_is_long_enough(models, tmp_path):

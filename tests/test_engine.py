@@ -198,7 +198,11 @@ CHOSEN = (
     f"{LOSS}.distillation_entropy_threshold={CHOICE['threshold']}",
 )
 WEIGHTED = (HYBRID, f"{MICRO}=4", f"{LOSS}.hybrid_lambda_rl=0.7", f"{LOSS}.hybrid_lambda_distill=0.3")
+# At the fourth step 0.3 is left of a weight of 0.6 that falls in six steps, and nothing of one that falls in three.
+FADING = (HYBRID, f"{LOSS}.hybrid_lambda_distill=0.6", f"{LOSS}.hybrid_lambda_distill_schedule=linear", f"{MICRO}=2")
 CASES |= {
+    "faded": (*FADING, f"{LOSS}.hybrid_lambda_distill_steps=6", f"{LOSS}.hybrid_lambda_rl=0.7"),
+    "faded_out": (*FADING, f"{LOSS}.hybrid_lambda_distill_steps=3"),
     "chosen": (PURE, f"{MICRO}=4", *CHOSEN),
     "chosen_micro_batch_1": (PURE, f"{MICRO}=1", *CHOSEN),
     "chosen_hybrid": (*WEIGHTED, *CHOSEN),
@@ -302,7 +306,7 @@ def one_rank(checkpoints, batch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_ranks(checkpoints, batch, tmp_path_factory):
-    names = ("reverse_kl", "dynamic", "forward_kl_seq_mean", "hybrid", "chosen", "chosen_hybrid")
+    names = ("reverse_kl", "dynamic", "forward_kl_seq_mean", "hybrid", "chosen", "chosen_hybrid", "faded")
     cases = with_models({name: CASES[name] for name in names}, checkpoints["student"], checkpoints["teacher"])
     return run_workers(tmp_path_factory.mktemp("two_ranks"), "two", cases, batch, world_size=2)
 
@@ -609,6 +613,14 @@ def test_hybrid_is_the_weighted_sum(one_rank):
         for parameter in one_rank["hybrid"]["gradients"]
     }
     assert_same_gradients(one_rank["hybrid"]["gradients"], expected, tolerance=1e-5)
+
+
+def test_a_weight_that_falls_is_that_of_the_step_in_every_micro_batch_and_on_every_rank(one_rank, two_ranks):
+    for faded in (one_rank["faded"], two_ranks["faded"]):
+        assert_is_sum(faded, {"vanilla": 0.7, "reverse_kl": 0.3}, one_rank)
+        assert faded["metrics"]["distillation/lambda_distill"] == pytest.approx(0.3)
+    assert_is_sum(one_rank["faded_out"], {"vanilla": 1.0}, one_rank)
+    assert one_rank["faded_out"]["metrics"]["distillation/lambda_distill"] == 0.0
 
 
 def test_the_weight_of_rl_leaves_entropy_bonus_and_reference_kl_alone(one_rank):

@@ -599,6 +599,7 @@ CONFIG_FORMS = [
     actor_config_instance,
     fsdp_actor_config_instance,
 ]
+FALLING = {"hybrid_lambda_distill_schedule": "linear", "hybrid_lambda_distill_steps": 4}  # 1, 0.75, 0.5, 0.25, 0, ...
 EVERY_SETTING = {
     "distillation_type": "gkd",
     "distillation_beta": 0.25,
@@ -627,6 +628,12 @@ def settings_in(config):
 @pytest.mark.parametrize("form", CONFIG_FORMS)
 def test_every_form_of_config_is_read_whole(form):
     assert settings_in(form(EVERY_SETTING)) == EVERY_SETTING
+
+
+@pytest.mark.parametrize("form", CONFIG_FORMS)
+def test_every_form_of_config_has_the_schedule(form):
+    settings = DistillationLossConfig.from_config(form(FALLING | {"hybrid_lambda_distill": 0.5}))
+    assert [settings.lambda_distill(step) for step in range(1, 7)] == [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]
 
 
 DEFAULTS = {
@@ -742,6 +749,24 @@ BAD_SETTINGS = [
         {"hybrid_lambda_rl": 0.0, "hybrid_lambda_distill": 0},
         ["hybrid_lambda_rl=0", "hybrid_lambda_distill=0", "weight"],
     ),
+    (
+        {"hybrid_lambda_distill_schedule": "cosine"},
+        ["hybrid_lambda_distill_schedule", "'cosine'", "constant", "linear"],
+    ),
+    ({"hybrid_lambda_distill_schedule": ["linear"]}, ["hybrid_lambda_distill_schedule", "['linear']", "constant"]),
+    (
+        {"hybrid_lambda_distill_steps": 8},
+        ["hybrid_lambda_distill_steps=8", "hybrid_lambda_distill_schedule=constant", "linear", "leave it out"],
+    ),
+    *(
+        (FALLING | {"hybrid_lambda_distill_steps": bad}, [f"hybrid_lambda_distill_steps={bad}", "linear", "1 or more"])
+        for bad in (None, 0, -3, 2.5, True)
+    ),
+    (
+        FALLING | {"hybrid_lambda_distill": 0},
+        ["hybrid_lambda_distill=0", "linear", "above 0", "leave the schedule out"],
+    ),
+    (FALLING | {"hybrid_lambda_rl": 0.0}, ["hybrid_lambda_rl=0.0", "linear", "after step 4", "above 0"]),
     ({"hybrid_rl_loss_mode": "ppo"}, ["hybrid_rl_loss_mode", "'ppo'", "vanilla", "gspo"]),
     ({"hybrid_rl_loss_mode": HYBRID}, ["hybrid_rl_loss_mode", HYBRID, "vanilla", "gspo"]),
     ({"hybrid_rl_loss_mode": PURE}, ["hybrid_rl_loss_mode", PURE, "vanilla", "gspo"]),
@@ -1048,6 +1073,48 @@ def test_bad_numbers_in_a_dropped_distillation_term_do_not_leak(name, bad):
     inputs = logits() | {name: torch.full((BATCH, TOKENS, VOCAB), bad).requires_grad_()}
     loss = hybrid(weights_config(1.0, 0.0), **inputs, **rl)[0]
     assert torch.equal(loss, rl_loss(**rl)[0]) and gradient(loss, rl["log_prob"]).isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [1, 15, 35])
+@pytest.mark.parametrize("whole", [1.0, 0.3])
+def test_the_weight_falls_by_equal_parts_from_the_whole_to_zero(whole, steps):
+    settings = FALLING | {"hybrid_lambda_distill": whole, "hybrid_lambda_distill_steps": steps}
+    weights = [DistillationLossConfig(**settings).lambda_distill(step) for step in range(1, steps + 4)]
+    assert weights[0] == whole and weights[steps:] == [0.0] * 3
+    assert weights[:steps] == pytest.approx([whole * left / steps for left in range(steps, 0, -1)], rel=1e-12)
+
+
+@pytest.mark.parametrize(("step", "weight"), [(1, 1.0), (2, 0.75), (4, 0.25)])
+def test_a_falling_weight_is_at_each_step_a_constant_one(step, weight):
+    falling, constant = logits(), logits()
+    result = hybrid(FALLING, global_steps=step, **falling)
+    expected = hybrid({"hybrid_lambda_distill": weight}, **constant)
+    assert torch.equal(result[0], expected[0])
+    leaves = falling["student_logits"], constant["student_logits"]
+    assert torch.equal(*(gradient(loss[0], leaf) for loss, leaf in zip((result, expected), leaves, strict=True)))
+    assert result.metrics == expected.metrics | {"distillation/lambda_distill": weight}
+
+
+@pytest.mark.parametrize("step", [5, 6, 1000])
+def test_after_the_schedule_the_rl_loss_is_exact(step):
+    rl, teacher = rl_inputs(), torch.full((BATCH, TOKENS, VOCAB), math.nan)  # which nothing is learnt from any more
+    result = hybrid(FALLING, global_steps=step, **rl, teacher_logits=teacher)
+    assert torch.equal(result[0], rl_loss(**rl)[0])
+    assert result.metrics["distillation/lambda_distill"] == 0.0
+
+
+@pytest.mark.parametrize("step", [None, 0, -1, 2.0, True, "3"])
+def test_a_schedule_without_the_number_of_the_step(step):
+    with pytest.raises(ValueError) as error:
+        hybrid(FALLING, global_steps=step)
+    for word in ("hybrid_lambda_distill_schedule=linear", f"global_steps={step!r}", "pass global_steps= to the loss"):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("loss_fn", [pure, hybrid])
+def test_without_a_schedule_the_step_does_not_matter(loss_fn):
+    assert torch.equal(loss_fn(global_steps=3)[0], loss_fn()[0])
+    assert loss_fn(global_steps=3).metrics == loss_fn().metrics
 
 
 def test_rollout_weights_go_to_the_rl_term_alone():

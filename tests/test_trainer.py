@@ -321,6 +321,8 @@ def hybrid(files, hybrid_folder, patched_fork):
         f"{ACTOR}.policy_loss.loss_mode=hybrid_rl_distillation",
         f"{ACTOR}.policy_loss.hybrid_lambda_rl=0.5",
         f"{ACTOR}.policy_loss.hybrid_lambda_distill=0.5",
+        f"{ACTOR}.policy_loss.hybrid_lambda_distill_schedule=linear",
+        f"{ACTOR}.policy_loss.hybrid_lambda_distill_steps=20",
         f"{ACTOR}.policy_loss.distillation_type=gkd",
         f"{ACTOR}.policy_loss.distillation_beta=0.5",
         f"{ACTOR}.use_kl_loss=True",
@@ -338,6 +340,11 @@ def hybrid(files, hybrid_folder, patched_fork):
 def test_hybrid_lowers_the_divergence_on_two_ranks(hybrid):
     assert hybrid[6]["distillation/kl"] < 0.85 * hybrid[1]["distillation/kl"]
     assert hybrid[1]["distillation/loss"] < hybrid[1]["distillation/kl"]  # the JSD is bounded by log 2
+
+
+def test_hybrid_s_weight_of_the_divergence_falls_from_step_to_step(hybrid):
+    weights = [hybrid[step]["distillation/lambda_distill"] for step in range(1, 7)]
+    assert weights == pytest.approx([0.5, 0.475, 0.45, 0.425, 0.4, 0.375])
 
 
 def test_hybrid_keeps_all_of_rl(hybrid):

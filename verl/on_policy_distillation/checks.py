@@ -63,6 +63,7 @@ __all__ = [
     "require_routes",
     "require_torch",
     "validate",
+    "warn_of_unfinished_schedule",
 ]
 
 logger = logging.getLogger(__name__)
@@ -267,7 +268,8 @@ def _require_no_sequence_parallelism(config: DictConfig, key: str) -> None:
 
 
 def _check_loss(config: DictConfig) -> None:
-    divergence = DistillationLossConfig.from_config(config.actor_rollout_ref.actor).divergence
+    settings = DistillationLossConfig.from_config(config.actor_rollout_ref.actor)
+    divergence = settings.divergence
     if (divergence.distillation_type, divergence.beta) == ("skew_reverse_kl", 0.0):
         raise ValueError(
             "distillation_beta=0.0 makes distillation_type=skew_reverse_kl zero everywhere: set "
@@ -275,6 +277,11 @@ def _check_loss(config: DictConfig) -> None:
         )
     if loss_mode(config) != PURE:
         return
+    if (schedule := settings.hybrid_lambda_distill_schedule) != "constant":
+        raise ValueError(
+            f"{_POLICY_LOSS}.hybrid_lambda_distill_schedule={schedule} has no effect with {PURE}, whose divergence has "
+            f"no weight: leave it out, or set loss_mode={HYBRID}."
+        )
     for name, unset in (("rollout_is", None), ("rollout_rs", None), ("bypass_mode", False)):
         if (value := OmegaConf.select(config, f"algorithm.rollout_correction.{name}", default=unset)) != unset:
             raise ValueError(
@@ -298,6 +305,21 @@ def _check_loss(config: DictConfig) -> None:
         raise ValueError(
             f"actor_rollout_ref.actor.entropy_coeff={entropy_coeff} does not go with policy_loss.loss_mode={PURE}: the "
             f"divergence is the whole loss. Set it to 0, {hybrid}"
+        )
+
+
+def warn_of_unfinished_schedule(config: DictConfig, total_training_steps: int) -> None:
+    """Say that the run ends before the weight of the divergence has fallen to 0."""
+    settings = DistillationLossConfig.from_config(config.actor_rollout_ref.actor)
+    steps = settings.hybrid_lambda_distill_steps
+    if steps is not None and steps > total_training_steps:
+        logger.warning(
+            "%s.hybrid_lambda_distill_steps=%s is more than the run's %s steps: at the last one the weight of the "
+            "divergence is still %.3g.",
+            _POLICY_LOSS,
+            steps,
+            total_training_steps,
+            settings.lambda_distill(total_training_steps),
         )
 
 

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, Optional
+from typing import Any, Optional, TypeGuard
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -66,6 +66,8 @@ _ACTOR_TOKENS = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
 # without a backward a token takes a fraction of the actor's memory.
 _TEACHER_TOKENS_PER_ACTOR_TOKEN = 4
 
+_LAMBDA_SCHEDULES = ("constant", "linear")
+
 SELF = "self"  # the path of a teacher that is the student
 
 # What a beta without a type chooses, and the beta that a type without a mixture goes with.
@@ -107,6 +109,8 @@ class DistillationLossConfig(BaseConfig):
             this and has no gradient. None: no clamp.
         hybrid_lambda_rl (float): weight of the policy-gradient term in the hybrid loss, not negative.
         hybrid_lambda_distill (float): weight of the divergence in the hybrid loss, not negative.
+        hybrid_lambda_distill_schedule (str): "constant", or "linear": that weight falls to 0; see `lambda_distill`.
+        hybrid_lambda_distill_steps (Optional[int]): in how many steps it falls, 1 or more. None with "constant".
         hybrid_rl_loss_mode (str): the registered policy loss that is the RL term of the hybrid loss.
     """
 
@@ -119,6 +123,8 @@ class DistillationLossConfig(BaseConfig):
     distillation_loss_max_clamp: Optional[float] = None
     hybrid_lambda_rl: float = 1.0
     hybrid_lambda_distill: float = 1.0
+    hybrid_lambda_distill_schedule: str = "constant"
+    hybrid_lambda_distill_steps: Optional[int] = None
     hybrid_rl_loss_mode: str = "vanilla"
 
     def __post_init__(self):
@@ -139,6 +145,7 @@ class DistillationLossConfig(BaseConfig):
             raise ValueError(
                 "hybrid_lambda_rl=0 and hybrid_lambda_distill=0 leave nothing to train: give one of them a weight."
             )
+        _check_schedule(self)
         choices = _rl_losses()
         if self.hybrid_rl_loss_mode not in choices:
             raise ValueError(
@@ -179,6 +186,27 @@ class DistillationLossConfig(BaseConfig):
             if kind in _MIXTURES:
                 _warn_of_default_beta(kind)
         return DivergenceSpec(kind, float(beta), float(self.distillation_temperature))
+
+    def lambda_distill(self, global_steps: Optional[int]) -> float:
+        """Weight of the divergence in the hybrid loss at training step `global_steps`, which is 1 for the first.
+
+        With a linear schedule of N steps it is ``hybrid_lambda_distill`` * max(0, 1 - (global_steps - 1) / N): whole at
+        the first step, a last N-th at step N, and 0 from step N + 1 on. It depends on the step alone, so a run that
+        resumes goes on where it was.
+
+        Raises:
+            ValueError: the schedule needs the step, and `global_steps` is none.
+        """
+        steps = self.hybrid_lambda_distill_steps
+        if steps is None:  # constant
+            return float(self.hybrid_lambda_distill)
+        if not _is_whole_from_one(global_steps):
+            raise ValueError(
+                f"hybrid_lambda_distill_schedule={self.hybrid_lambda_distill_schedule} needs the number of the "
+                f"training step, and global_steps={global_steps!r}: pass global_steps= to the loss, a whole number "
+                "that is 1 for the first step."
+            )
+        return self.hybrid_lambda_distill * max(0.0, 1.0 - (global_steps - 1) / steps)
 
     @property
     def token_choice(self) -> TokenChoice:
@@ -385,6 +413,40 @@ def _check_token_choice(config: DistillationLossConfig) -> None:
                 f"distillation_loss_max_clamp={clamp} is not positive and leaves no token a gradient: set it in nats, "
                 "such as 10.0, or to null for no clamp."
             )
+
+
+def _check_schedule(config: DistillationLossConfig) -> None:
+    schedule, steps = config.hybrid_lambda_distill_schedule, config.hybrid_lambda_distill_steps
+    if schedule not in _LAMBDA_SCHEDULES:
+        raise ValueError(
+            f"hybrid_lambda_distill_schedule={schedule!r} is not a schedule: choose one of {list(_LAMBDA_SCHEDULES)}."
+        )
+    if schedule == "constant":
+        if steps is not None:
+            raise ValueError(
+                f"hybrid_lambda_distill_steps={steps} has no effect with hybrid_lambda_distill_schedule={schedule}: "
+                "set hybrid_lambda_distill_schedule=linear, or leave it out."
+            )
+        return
+    if not _is_whole_from_one(steps):
+        raise ValueError(
+            f"hybrid_lambda_distill_steps={steps!r} with hybrid_lambda_distill_schedule={schedule}: set it to a whole "
+            "number, 1 or more, the steps in which hybrid_lambda_distill falls to 0."
+        )
+    if config.hybrid_lambda_distill == 0.0:
+        raise ValueError(
+            f"hybrid_lambda_distill={config.hybrid_lambda_distill} with hybrid_lambda_distill_schedule={schedule} has "
+            "nothing to fall from: set a weight above 0, or leave the schedule out."
+        )
+    if config.hybrid_lambda_rl == 0.0:
+        raise ValueError(
+            f"hybrid_lambda_rl={config.hybrid_lambda_rl} with hybrid_lambda_distill_schedule={schedule} leaves nothing "
+            f"to train after step {steps}: set a weight above 0, or leave the schedule out."
+        )
+
+
+def _is_whole_from_one(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @cache  # once a process

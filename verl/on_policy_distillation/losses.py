@@ -27,7 +27,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from tensordict import TensorDict
@@ -52,6 +52,7 @@ from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
 
 __all__ = [
+    "GLOBAL_STEPS",
     "HeadColumns",
     "actor_loss",
     "aggregate",
@@ -60,12 +61,17 @@ __all__ = [
     "global_batch_info",
     "head_columns",
     "require_distributions",
+    "scheduled_weight",
     "token_weights",
     "weighted_rl_loss",
 ]
 
 # The student's and the teacher's logits of the n tokens of a plan -> named columns (n,), with their graph.
 HeadColumns = Callable[[LinearLogits, LogitSource], dict[str, torch.Tensor]]
+
+# Non-tensor entry of the batch that the actor is updated on: the number of the training step. VERL's own
+# ``global_steps`` is a column with the step that each sample was generated in.
+GLOBAL_STEPS = "distillation_global_steps"
 
 # The columns of chosen tokens: what each contributes to the loss, with its graph, and whether it is kept (1.0 or 0.0).
 _CONTRIBUTION, _KEPT = "contribution", "kept"
@@ -154,6 +160,13 @@ def distillation_metrics(tokens: TokenDivergence, loss: torch.Tensor) -> dict[st
     values = torch.cat((loss.detach().reshape(1).to(means.dtype), means)).tolist()
     keys = ("loss", "kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement")
     return {f"distillation/{key}": value for key, value in zip(keys, values, strict=True)}
+
+
+def scheduled_weight(settings: DistillationLossConfig, global_steps: Optional[int]) -> tuple[float, dict[str, float]]:
+    """Weight of the divergence in the hybrid loss at step `global_steps`, and its metric if it changes."""
+    weight = settings.lambda_distill(global_steps)
+    is_constant = settings.hybrid_lambda_distill_schedule == "constant"
+    return weight, {} if is_constant else {"distillation/lambda_distill": weight}
 
 
 def weighted_rl_loss(
@@ -318,7 +331,9 @@ def _hybrid_loss(
     dp_group: Any = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """``ppo_loss``, whose policy-gradient term alone is weighted, plus the weighted divergence."""
-    plan, weight = plan_tokens(data), config.policy_loss.hybrid_lambda_distill
+    global_steps = tu.get_non_tensor_data(data=data, key=GLOBAL_STEPS, default=None)
+    weight, of_schedule = scheduled_weight(config.policy_loss, global_steps)
+    plan = plan_tokens(data)
     tokens = _collect(model_output, plan)
     if weight != 0.0:
         require_distributions(tokens)
@@ -326,6 +341,7 @@ def _hybrid_loss(
     loss, metrics = ppo_loss(rl_config, dict(model_output) | {"log_probs": log_probs}, data, dp_group)
     divergence, distillation = _divergence_loss(config, tokens, model_output, plan, data)
     metrics |= distillation | _teacher_metrics(model_output, plan, data)
+    metrics |= Metric.from_dict(of_schedule, aggregation=AggregationType.MEAN)  # of equal values
     return (loss + weight * divergence if weight != 0.0 else loss), metrics
 
 

@@ -30,9 +30,16 @@ from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from verl.on_policy_distillation.checks import loss_mode, require_one_prompt, require_prompts, require_routes
+from verl.on_policy_distillation.checks import (
+    loss_mode,
+    require_one_prompt,
+    require_prompts,
+    require_routes,
+    warn_of_unfinished_schedule,
+)
 from verl.on_policy_distillation.config import PURE, is_distillation_loss
 from verl.on_policy_distillation.dump import DUMP_PATH
+from verl.on_policy_distillation.losses import GLOBAL_STEPS
 from verl.on_policy_distillation.routing import Routes
 from verl.on_policy_distillation.storage_watch import StorageWatch
 from verl.on_policy_distillation.teacher_prompts import PromptSettings
@@ -118,6 +125,7 @@ class _TrainerWithTeacher(PPOTrainer):
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
+        warn_of_unfinished_schedule(self.config, self.total_training_steps)
         require_routes(self.config.teacher, self.train_dataset)
         require_prompts(self.config, self.train_dataset, self.tokenizer)
         self._prompt_key = self.config.teacher.get("prompt_key", None)
@@ -142,6 +150,7 @@ class _TrainerWithTeacher(PPOTrainer):
         if teacher.dump_freq > 0 and self.global_steps % teacher.dump_freq == 0:
             folder = os.path.expanduser(teacher.dump_dir)
             batch.extra_info[DUMP_PATH] = os.path.join(folder, f"step_{self.global_steps}")
+        batch.extra_info[GLOBAL_STEPS] = self.global_steps
         self._measure_sampled_tokens(batch, metrics)
         batch = super()._update_actor(batch, metrics)
         for name in [name for name in metrics if name.startswith("actor/distillation/")]:

@@ -17,7 +17,8 @@ Importing this module registers two policy losses:
 
 - ``on_policy_distillation``: the divergence between student and teacher on the student's own tokens, nothing else;
 - ``hybrid_rl_distillation``: ``hybrid_lambda_rl * RL + hybrid_lambda_distill * divergence``, where RL is any policy
-  loss registered in VERL (``hybrid_rl_loss_mode``).
+  loss registered in VERL (``hybrid_rl_loss_mode``) and the second weight may fall from step to step
+  (``hybrid_lambda_distill_schedule``).
 
 The divergences, their gradients and their sources are in ``verl/on_policy_distillation/divergence.py``. Like Agarwal et
 al. (arXiv:2306.13649, sec. 3) the gradient is that of the divergence at the visited states; it is not taken through the
@@ -91,11 +92,12 @@ def compute_on_policy_distillation_loss(
     *,
     teacher_logits: Any = None,
     student_logits: Any = None,
+    global_steps: Optional[int] = None,
 ) -> DistillationLossOutput:
     """The divergence between student and teacher on the student's tokens.
 
     Args:
-        old_log_prob, log_prob, advantages, rollout_is_weights: not used; may be None.
+        old_log_prob, log_prob, advantages, rollout_is_weights, global_steps: not used; may be None.
         response_mask: (batch, tokens), bool, int or float; nonzero marks the tokens of the loss. Tokens are chosen
             (``distillation_token_selection``) within each of its rows.
         loss_agg_mode: any mode of VERL's `agg_loss`.
@@ -135,31 +137,37 @@ def compute_hybrid_rl_distillation_loss(
     *,
     teacher_logits: Any = None,
     student_logits: Any = None,
+    global_steps: Optional[int] = None,
 ) -> DistillationLossOutput:
     """``hybrid_lambda_rl * RL + hybrid_lambda_distill * divergence``.
 
     The RL term is the policy loss registered as ``hybrid_rl_loss_mode``, called with VERL's own arguments;
-    `rollout_is_weights` go to it and not to the divergence. A weight of zero drops its term altogether, so that
-    the other is reproduced exactly.
+    `rollout_is_weights` go to it and not to the divergence. With a ``hybrid_lambda_distill_schedule`` the second weight
+    is what is left of it at step `global_steps`. A weight of zero drops its term altogether, so that the other is
+    reproduced exactly.
 
     Args:
         old_log_prob, log_prob, advantages: (batch, tokens), as VERL's policy losses take them.
+        global_steps: the number of the training step, 1 for the first; only a schedule needs it.
         Everything else as in `compute_on_policy_distillation_loss`.
 
     Returns:
-        (loss, pg_clipfrac, kl, pg_clipfrac_lower), with the RL term's own metrics among ``.metrics``.
+        (loss, pg_clipfrac, kl, pg_clipfrac_lower), with the RL term's own metrics among ``.metrics``; with a schedule
+        also the weight.
 
     Raises:
-        ValueError: as in `compute_on_policy_distillation_loss`, and when the RL term's inputs are missing.
+        ValueError: as in `compute_on_policy_distillation_loss`, when the RL term's inputs are missing, and when a
+            schedule is without `global_steps`.
     """
     settings = DistillationLossConfig.from_config(config)
+    weight, of_schedule = losses.scheduled_weight(settings, global_steps)
     teachers = _Teachers(teacher_logits, _teacher_weights(config))
     tokens, mask = _response_divergence(student_logits, teachers, response_mask, settings.divergence)
     for name, value in (("old_log_prob", old_log_prob), ("log_prob", log_prob), ("advantages", advantages)):
         _require_rl_input(name, value, response_mask)
     if rollout_is_weights is not None:
         _require_rl_input("rollout_is_weights", rollout_is_weights, response_mask)
-    if settings.hybrid_lambda_distill != 0.0:
+    if weight != 0.0:
         losses.require_distributions(tokens)
     trained, of_choice = losses.contributions(tokens, mask.sum(-1), settings.token_choice)
     distill_loss = losses.aggregate(trained, mask, loss_agg_mode, losses.global_batch_info(config))
@@ -173,9 +181,8 @@ def compute_hybrid_rl_distillation_loss(
         config=_actor_config(config),
         rollout_is_weights=rollout_is_weights,
     )
-    weight = settings.hybrid_lambda_distill
     loss = rl_loss + weight * distill_loss if weight != 0.0 else rl_loss
-    return _output(loss, losses.distillation_metrics(tokens, distill_loss) | of_choice | rl_metrics)
+    return _output(loss, losses.distillation_metrics(tokens, distill_loss) | of_choice | of_schedule | rl_metrics)
 
 
 def _output(loss: torch.Tensor, metrics: dict[str, float]) -> DistillationLossOutput:
