@@ -18,6 +18,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import metrics
 import progress
 import pytest
 import report
+import screenshot
 import torch
 from arithmetic import VOCAB_SIZE, build_tokenizer, untrained_model
 from conftest import ROOT
@@ -281,6 +283,43 @@ def test_names_of_runs_and_dumps_are_escaped(tmp_path, make_report):
     page = make_report(f"<b>={tmp_path}/run.jsonl", "--generations", f"<u>={tmp_path}/dump.jsonl")
     assert not re.search("<(i|b|u|script)>", page)
     assert all(f"&lt;{name}&gt;" in page for name in ("i", "b", "u", "script"))
+
+
+def test_without_a_browser_a_screenshot_says_so(tmp_path, monkeypatch):
+    (tmp_path / "report.html").write_text(report.page({}, {"before": [record()]}), encoding="utf-8")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["screenshot.py", str(tmp_path / "report.html"), str(tmp_path / "out.png")])
+    with pytest.raises(SystemExit, match=r"no browser on PATH \(chromium, .*\): apt-get install chromium"):
+        screenshot.main()
+
+
+def test_a_report_without_tokens_has_no_screenshot(tmp_path):
+    (tmp_path / "report.html").write_text(report.page({}, {}), encoding="utf-8")
+    with pytest.raises(ValueError, match="report.html has no coloured tokens: make it with report.py --generations"):
+        screenshot.only_tokens(tmp_path / "report.html")
+
+
+@pytest.mark.skipif(not any(map(shutil.which, screenshot.BROWSERS)), reason="no browser on PATH")
+def test_a_screenshot_has_the_colours_of_the_tokens_and_nothing_below_them(tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "report.html").write_text(report.page({}, {"before": [record()]}), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["screenshot.py", str(tmp_path / "report.html"), str(tmp_path / "out.png")])
+    screenshot.main()
+    with image.open(tmp_path / "out.png") as picture:
+        colours = {colour: count for count, colour in picture.convert("RGB").getcolors()}
+        assert picture.width == 2 * 880 and picture.height < 1000
+    red = sum(count for (r, g, b), count in colours.items() if abs(r - 220) + abs(g - 60) + abs(b - 30) < 12)
+    assert 200 < red < 0.01 * picture.width * picture.height  # one token of the two
+
+
+@pytest.mark.parametrize("path", ["README.md", "examples/on_policy_distillation/README.md"])
+def test_the_pages_show_the_screenshot(path):
+    image = pytest.importorskip("PIL.Image")
+    [(alternative, name)] = re.findall(r"!\[([^]]+)\]\(([^)]*report\.png)\)", (ROOT / path).read_text(encoding="utf-8"))
+    file = (ROOT / path).parent / name
+    assert len(alternative) > 20 and file.stat().st_size < 200_000
+    with image.open(file) as picture:
+        assert picture.width == screenshot.DENSITY * screenshot.WIDTH and picture.mode == "P"
 
 
 def test_scored_generations_have_the_reports_format(tmp_path):
