@@ -468,7 +468,7 @@ def _write_gradient(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Last pass: `factor` * tau * dD/dz, and, where there is a POLICY_DTYPE, the policy's; see `_slope`, `_policy_slope`.
+    """Last pass: `factor` * tau * dD/dz, and, with a POLICY_DTYPE, the policy's; see `_slope` and `_policy_slope`.
 
     To `end` >= vocab entries. It may go over the student's logits: no block is read after it is written.
     """
