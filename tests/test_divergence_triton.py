@@ -20,6 +20,7 @@ its own here: what other tests import stays compiled. With a CUDA device the com
 """
 
 import importlib.util
+import math
 import multiprocessing
 import os
 import pickle
@@ -139,11 +140,12 @@ class Layout:
     cuts: tuple[int, ...] | None = None  # of the vocabulary into shards, each verb a launch
 
 
-UNTOUCHED = -77.0
+UNTOUCHED = -77.0  # after the rows of a gradient
+UNREAD = math.nan  # after those of logits, where it would spoil whatever reads it
 
 
-def padded(values: torch.Tensor, padding: int) -> torch.Tensor:
-    memory = values.new_full((len(values), values.shape[-1] + padding), UNTOUCHED)
+def padded(values: torch.Tensor, padding: int, filler: float) -> torch.Tensor:
+    memory = values.new_full((len(values), values.shape[-1] + padding), filler)
     memory[:, : values.shape[-1]] = values
     return memory
 
@@ -153,8 +155,8 @@ def laid_out(case: Problem, layout: Layout, device: str) -> tuple[torch.Tensor, 
     target = case.student if layout.gradient is None else torch.full_like(case.student, 3.0, dtype=layout.gradient)
     tensors = (case.student, case.teacher, target)
     student, teacher, gradient = (
-        padded(values, padding).to(device)[:, : values.shape[-1]]
-        for values, padding in zip(tensors, layout.padding, strict=True)
+        padded(values, padding, filler).to(device)[:, : values.shape[-1]]
+        for values, padding, filler in zip(tensors, layout.padding, (UNREAD, UNREAD, UNTOUCHED), strict=True)
     )
     return student, teacher, student if layout.gradient is None else gradient
 
@@ -162,7 +164,8 @@ def laid_out(case: Problem, layout: Layout, device: str) -> tuple[torch.Tensor, 
 def assert_untouched(gradient: torch.Tensor) -> None:
     """The memory between its rows."""
     whole = gradient.as_strided((len(gradient), gradient.stride(0)), gradient.stride())
-    assert (whole[:, gradient.shape[-1] :] == UNTOUCHED).all()
+    between = whole[:, gradient.shape[-1] :]
+    assert ((between == UNTOUCHED) | between.isnan()).all()
 
 
 def call(case: Problem, layout: Layout, device: str) -> tuple[torch.Tensor, torch.Tensor]:

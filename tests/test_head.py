@@ -1264,22 +1264,6 @@ def test_memory_is_independent_of_the_number_of_tokens(step, dtype, vocab, monke
     assert many.peak < 6 * chunk
 
 
-@pytest.mark.parametrize("step", [one_pass, token_pass])
-def test_a_frozen_weight_has_no_group_of_gradients(step):
-    """They are collected for its product alone. Of hidden states and bias, nothing changes."""
-
-    def run_step(names, group):
-        p = problem(n=64, vocab=(MEMORY_VOCAB, MEMORY_VOCAB), dtype=torch.bfloat16).leaves(names)
-        with Memory(p) as memory:
-            step(p, chunking=Chunking(16, group))
-        return memory.peak, p.student_hidden.grad, p.student_bias.grad
-
-    alone, group = (run_step(("student_hidden", "student_bias"), rows) for rows in (16, 64))
-    assert group[0] == alone[0] and all(map(torch.equal, group[1:], alone[1:]))
-    names = ("student_hidden", "student_weight", "student_bias")
-    assert run_step(names, 64)[0] - run_step(names, 16)[0] >= 0.9 * (64 - 16) * MEMORY_VOCAB * 2
-
-
 def test_results_keep_no_gradients_alive():
     """A trainer keeps metrics for long. They hold (n,) each, not the gradients that wait for a backward."""
     p = problem(n=8, vocab=(MEMORY_VOCAB, MEMORY_VOCAB)).leaves()

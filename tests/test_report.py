@@ -17,6 +17,8 @@ import json
 import math
 import os
 import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ import metrics
 import progress
 import pytest
 import report
+import screenshot
 import torch
 from arithmetic import VOCAB_SIZE, build_tokenizer, untrained_model
 from conftest import ROOT
@@ -80,14 +83,14 @@ def make_report(tmp_path, monkeypatch):
 
 
 def test_columns_have_the_steps_that_have_them():
-    assert report.column(METRICS, "distillation/kl") == ([1, 2], [0.5, 0.25])
-    assert report.column(METRICS, "val-core/task/acc/mean@1") == ([0, 2], [0.4, 0.6])
+    assert list(report.column(METRICS, "distillation/kl").items()) == [(1, 0.5), (2, 0.25)]
+    assert list(report.column(METRICS, "val-core/task/acc/mean@1").items()) == [(0, 0.4), (2, 0.6)]
 
 
 def test_a_metric_that_was_not_finite_is_a_gap_in_its_line(tmp_path):
     write_metrics(tmp_path / "run.jsonl", {1: {"kl": 0.5}, 2: {"kl": None}, 3: {"kl": 0.1}})
-    steps, values = report.column(metrics.read_metrics(tmp_path / "run.jsonl"), "kl")
-    assert steps == [1, 2, 3] and math.isnan(values[1]) and values[::2] == [0.5, 0.1]
+    values = report.column(metrics.read_metrics(tmp_path / "run.jsonl"), "kl")
+    assert list(values.index) == [1, 2, 3] and math.isnan(values[2]) and list(values[[1, 3]]) == [0.5, 0.1]
 
 
 def test_phases_of_a_step_add_up_to_it():
@@ -108,7 +111,7 @@ def test_a_run_is_a_file_or_a_folder_with_or_without_a_name(tmp_path):
 def test_a_path_may_have_an_equals_sign(tmp_path, make_report):
     """Hydra names folders so."""
     pytest.importorskip("matplotlib")
-    write_metrics(tmp_path / "lr=1e-5" / "run.jsonl")
+    write_metrics(tmp_path / "lr=1e-5" / "run.jsonl", {1: {"distillation/kl": 0.5}})
     write_generations(tmp_path / "lr=1e-5" / "dump.jsonl", [record()])
     folder = tmp_path / "lr=1e-5"
     page = make_report(
@@ -190,18 +193,18 @@ def test_a_dump_without_sequences_is_read(tmp_path):
 
 
 def test_tokens_are_escaped_coloured_by_their_kl_and_explained():
-    text = report.generations({"before": [record()]})
+    text = report.page({}, {"before": [record()]})
     first, second = re.findall(
         r'<span class="token" style="background:rgba\(220,60,30,([\d.]+)\)" title="([^"]*)"', text
     )
     assert (first[0], second[0]) == ("1.00", "0.00")
-    assert first[1].startswith("KL 2.0000\nteacher: &#x27;3&#x27; 90.0%")
+    assert first[1].startswith("KL 2.0000\nteacher: &#39;3&#39; 90.0%")
     assert ">&lt;</span>" in text and "<<" not in text
 
 
 def test_a_token_that_is_not_in_the_loss_has_no_colour():
     entry = record(kl=[None, 1.0], teacher_top=[None, [["3", 0.9]]], student_top=[None, [["3", 0.8]]])
-    text = report.generations({"step 3": [entry]})
+    text = report.page({}, {"step 3": [entry]})
     assert 'title="not in the loss">&lt;</span>' in text and text.count("background:rgba") == 1
 
 
@@ -209,18 +212,18 @@ def test_what_is_not_finite_is_full_red_and_leaves_the_scale_to_the_others(tmp_p
     kls = [2.0, 1.0, math.nan, math.inf]
     entry = record(tokens=["a", "b", "c", "d"], kl=kls, teacher_top=[[["3", 0.9]]] * 4, student_top=[[["<", 0.6]]] * 4)
     write_generations(tmp_path / "dump.jsonl", [entry])
-    text = report.generations({"step 3": report.read_generations(tmp_path / "dump.jsonl")})
+    text = report.page({}, {"step 3": report.read_generations(tmp_path / "dump.jsonl")})
     assert re.findall(r"rgba\(220,60,30,([^)]*)\)", text) == ["1.00", "0.50", "1.00", "1.00"]
     assert 'title="KL nan\n' in text and 'title="KL inf\n' in text
     assert "full red: 2.000 nats, and 2 that are not finite" in text
 
 
 def test_a_long_sequence_can_be_wrapped():
-    text = report.generations({"a": [record(prompt="so  many words")]})
+    text = report.page({}, {"a": [record(prompt="so  many words")]})
     assert text.count("</span><wbr>") == 2
     assert ">so  many words<" in text  # a line may end at an ordinary space, which the style keeps
-    assert "overflow-wrap: anywhere" in report.STYLE and "min-width: 0" in report.STYLE
-    assert "white-space: break-spaces" in report.STYLE
+    assert "overflow-wrap: anywhere" in text and "min-width: 0" in text
+    assert "white-space: break-spaces" in text
 
 
 def test_the_page_is_one_file_with_its_pictures(tmp_path, make_report, capsys):
@@ -264,6 +267,59 @@ def test_without_matplotlib_it_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         report.import_pyplot()
+
+
+@pytest.mark.parametrize("module", ["jinja2", "pandas"])
+def test_without_what_comes_with_verl_it_says_so(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit, match=f"report.py needs {module}, .*: pip install {module}"):
+        runpy.run_path(str(EXAMPLE / "report.py"))
+
+
+def test_names_of_runs_and_dumps_are_escaped(tmp_path, make_report):
+    pytest.importorskip("matplotlib")
+    write_metrics(tmp_path / "run.jsonl", {1: {"distillation/kl": None, "val-core/<i>/acc/mean@1": 0.5}})
+    write_generations(tmp_path / "dump.jsonl", [record(prompt="<script>")])
+    page = make_report(f"<b>={tmp_path}/run.jsonl", "--generations", f"<u>={tmp_path}/dump.jsonl")
+    assert not re.search("<(i|b|u|script)>", page)
+    assert all(f"&lt;{name}&gt;" in page for name in ("i", "b", "u", "script"))
+
+
+def test_without_a_browser_a_screenshot_says_so(tmp_path, monkeypatch):
+    (tmp_path / "report.html").write_text(report.page({}, {"before": [record()]}), encoding="utf-8")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["screenshot.py", str(tmp_path / "report.html"), str(tmp_path / "out.png")])
+    with pytest.raises(SystemExit, match=r"no browser on PATH \(chromium, .*\): apt-get install chromium"):
+        screenshot.main()
+
+
+def test_a_report_without_tokens_has_no_screenshot(tmp_path):
+    (tmp_path / "report.html").write_text(report.page({}, {}), encoding="utf-8")
+    with pytest.raises(ValueError, match="report.html has no coloured tokens: make it with report.py --generations"):
+        screenshot.only_tokens(tmp_path / "report.html")
+
+
+@pytest.mark.skipif(not any(map(shutil.which, screenshot.BROWSERS)), reason="no browser on PATH")
+def test_a_screenshot_has_the_colours_of_the_tokens_and_nothing_below_them(tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "report.html").write_text(report.page({}, {"before": [record()]}), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["screenshot.py", str(tmp_path / "report.html"), str(tmp_path / "out.png")])
+    screenshot.main()
+    with image.open(tmp_path / "out.png") as picture:
+        colours = {colour: count for count, colour in picture.convert("RGB").getcolors()}
+        assert picture.width == 2 * 880 and picture.height < 1000
+    red = sum(count for (r, g, b), count in colours.items() if abs(r - 220) + abs(g - 60) + abs(b - 30) < 12)
+    assert 200 < red < 0.01 * picture.width * picture.height  # one token of the two
+
+
+@pytest.mark.parametrize("path", ["README.md", "examples/on_policy_distillation/README.md"])
+def test_the_pages_show_the_screenshot(path):
+    image = pytest.importorskip("PIL.Image")
+    [(alternative, name)] = re.findall(r"!\[([^]]+)\]\(([^)]*report\.png)\)", (ROOT / path).read_text(encoding="utf-8"))
+    file = (ROOT / path).parent / name
+    assert len(alternative) > 20 and file.stat().st_size < 200_000
+    with image.open(file) as picture:
+        assert picture.width == screenshot.DENSITY * screenshot.WIDTH and picture.mode == "P"
 
 
 def test_scored_generations_have_the_reports_format(tmp_path):

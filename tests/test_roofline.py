@@ -155,6 +155,30 @@ def test_no_other_choice_within_the_memory_is_faster(accelerator, weight_bytes, 
                 assert seconds(chosen) <= seconds(Chunking(rows, group)) * 1.01
 
 
+@pytest.mark.parametrize("sides", [2, 6, 8])
+@pytest.mark.parametrize("accelerator", [ACCELERATORS["H100"], ACCELERATORS["L40S"]], ids=["H100", "L40S"])
+def test_a_frozen_head_s_chunks_are_chosen_without_its_gradient(accelerator, sides):
+    """A LoRA's. A group of small chunks still helps the product of the hidden states' gradient."""
+    sizes = 16_384, 262_144, 2048, 2048
+    trained, frozen = (
+        head_cost(*sizes[:3], sizes[3:], Chunking(160, 640), accelerator, is_frozen=is_frozen)
+        for is_frozen in (False, True)
+    )
+    of_weight = trained.parts["gradient of weight"] + trained.parts["its ends"]
+    assert frozen.seconds == pytest.approx(trained.seconds - of_weight)
+    assert frozen.floor_seconds == pytest.approx(trained.floor_seconds * (3 * 2048) / (4 * 2048))
+    chosen = chunking_for(*sizes, 2, accelerator, sides, is_frozen=True)
+    assert buffer_bytes(262_144, chosen, sides=sides) <= HEAD_MEMORY
+
+    def seconds(chunking):
+        return head_cost(*sizes[:3], sizes[3:], chunking, accelerator, is_frozen=True).seconds
+
+    for rows in (64, 128, 160, 224, 256, 512):
+        for group in (rows, 2 * rows, 4 * rows):
+            if buffer_bytes(262_144, Chunking(rows, group), sides=sides) <= HEAD_MEMORY:
+                assert seconds(chosen) <= seconds(Chunking(rows, group)) * 1.01
+
+
 def test_a_head_whose_tile_does_not_fit_takes_fewer_rows():
     chosen = chunking_for(N, 1_000_000, 2048, 2048, 2, H100, memory=1 << 29)
     assert 1 <= chosen.rows < TILE

@@ -17,8 +17,8 @@
 
 RUN is a metrics file of VERL (trainer.logger=file, VERL_FILE_LOGGER_PATH=FILE), or a folder with metrics/*.jsonl as the
 quickstart leaves one. Any run of the two distillation losses will do, and runs without a teacher for comparison; a
-picture shows the runs that have its metrics, and the page says which pictures no run has the metrics for. The pictures
-need matplotlib.
+picture shows the runs that have its metrics, and the page says which pictures no run has the metrics for. Needs jinja2
+and pandas, which come with VERL, and matplotlib.
 
 NAME and TITLE are by default the folder's name, or the file's without .jsonl. Each must be given once.
 
@@ -38,22 +38,28 @@ The lists have one entry for each token; an entry other than a token is null whe
 
 import argparse
 import base64
-import html
 import io
 import math
 import reprlib
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from metrics import StepMetrics, json_object, mean_scores, read_metrics, read_run
 
+NEEDS = "report.py needs {0}, which is not installed: pip install {0}"
+
+try:
+    import jinja2
+    import pandas
+except ImportError as error:
+    sys.exit(NEEDS.format(error.name))
+
 Metrics = dict[int, StepMetrics]  # by step
 
-NEEDS_MATPLOTLIB = "report.py draws with matplotlib, which is not installed: pip install matplotlib"
+TEMPLATE = Path(__file__).resolve().with_name("report.html.jinja")
 # From timing_s/ of VERL, in the order of a step. What is left of a step is shown as "other".
 PHASES = (
     "gen",
@@ -106,19 +112,18 @@ def read_file_or_folder(path: Path) -> Metrics:
     return run
 
 
-def column(run: Metrics, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values, of the steps that have one. A value that was not finite is a nan, so that a line has a gap."""
-    pairs = [(step, metrics[key]) for step, metrics in run.items() if key in metrics]
-    return [step for step, _ in pairs], [math.nan if value is None else value for _, value in pairs]
+def column(run: Metrics, key: str) -> pandas.Series:
+    """Values by step, of the steps that have one. A value that was not finite is a nan, so that a line has a gap."""
+    return pandas.Series({step: metrics[key] for step, metrics in run.items() if key in metrics}, dtype=float)
 
 
 def phase_seconds(run: Metrics) -> dict[str, float]:
     """Mean seconds a step of each phase; empty for a run without timings."""
-    _, steps = column(run, "timing_s/step")
-    if not steps:
+    steps = column(run, "timing_s/step")
+    if steps.empty:
         return {}
-    seconds = {phase: sum(column(run, f"timing_s/{phase}")[1]) / len(steps) for phase in PHASES}
-    seconds["other"] = max(0.0, statistics.fmean(steps) - sum(seconds.values()))
+    seconds = {phase: column(run, f"timing_s/{phase}").sum() / len(steps) for phase in PHASES}
+    seconds["other"] = max(0.0, steps.mean() - sum(seconds.values()))
     return {phase: value for phase, value in seconds.items() if value > 0}
 
 
@@ -155,6 +160,7 @@ DUMP_FIELDS: dict[str, Callable[[Any], bool]] = {
     "student_top": partial(is_list, is_entry=is_top_or_null),
     "score": is_number_or_null,
 }
+TOKEN_FIELDS = ("tokens", "kl", "teacher_top", "student_top")  # those that have one entry for each token
 
 
 def check_record(record: dict[str, Any], where: str) -> None:
@@ -166,7 +172,7 @@ def check_record(record: dict[str, Any], where: str) -> None:
                 f"{where}: {field} is {reprlib.repr(record[field])}, which is not what a token dump has there; "
                 "report.py --help shows the format"
             )
-    lengths = {field: len(record[field]) for field in ("tokens", "kl", "teacher_top", "student_top")}
+    lengths = {field: len(record[field]) for field in TOKEN_FIELDS}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{where}: one entry for each token is wanted, not {lengths}")
 
@@ -192,7 +198,7 @@ def import_pyplot():
     try:
         import matplotlib
     except ImportError:
-        sys.exit(NEEDS_MATPLOTLIB)
+        sys.exit(NEEDS.format("matplotlib"))
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "report"  # the same picture from the same numbers
     import matplotlib.pyplot as pyplot
@@ -207,10 +213,11 @@ class Picture(NamedTuple):
 
 
 def has_numbers(runs: dict[str, Metrics], metrics: tuple[str, ...]) -> bool:
-    return any(math.isfinite(value) for run in runs.values() for key in metrics for value in column(run, key)[1])
+    return any(column(run, key).abs().lt(math.inf).any() for run in runs.values() for key in metrics)
 
 
-def image(picture: Picture, runs: dict[str, Metrics]) -> str:
+def image(picture: Picture, runs: dict[str, Metrics]) -> tuple[str, str]:
+    """The title, and the SVG in base64."""
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     picture.draw(axes, runs)
@@ -218,57 +225,35 @@ def image(picture: Picture, runs: dict[str, Metrics]) -> str:
     content = io.BytesIO()
     figure.savefig(content, format="svg", metadata={"Date": None})
     pyplot.close(figure)
-    encoded = base64.b64encode(content.getvalue()).decode()
-    return f'<img alt="{html.escape(picture.title)}" src="data:image/svg+xml;base64,{encoded}">'
+    return picture.title, base64.b64encode(content.getvalue()).decode()
 
 
-def draw_lines(axes, curves: list[tuple[str, tuple[list[int], list[float]], str]], label: str) -> None:
-    """`curves`: name, (steps, values), line style. A run has the same colour in every picture, whatever it lacks."""
-    names = list(dict.fromkeys(name for name, _, _ in curves))
-    drawn: set[str] = set()
-    for name, (steps, values), style in curves:
-        if steps:
-            legend = None if name in drawn else name
-            axes.plot(steps, values, style, color=f"C{names.index(name)}", label=legend, markersize=3)
-            drawn.add(name)
+def draw_lines(axes, runs: dict[str, Metrics], styles: dict[str, str], label: str, scale: str) -> None:
+    """`styles`: line style by metric. A run has the same colour in every picture, whatever it lacks."""
+    lines: dict[str, Any] = {}
+    for number, (name, run) in enumerate(runs.items()):
+        for key, style in styles.items():
+            values = column(run, key)
+            if not values.empty:
+                [line] = axes.plot(values, style, color=f"C{number}", markersize=3)
+                lines.setdefault(name, line)
+    axes.set_yscale(scale)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    axes.legend()
-
-
-def draw_metric(axes, runs: dict[str, Metrics], key: str, label: str) -> None:
-    draw_lines(axes, [(name, column(run, key), ".-") for name, run in runs.items()], label)
-
-
-def draw_kl(axes, runs: dict[str, Metrics]) -> None:
-    axes.set_yscale("log")
-    draw_metric(axes, runs, "distillation/kl", "KL(student || teacher), nats a token")
-
-
-def draw_entropy(axes, runs: dict[str, Metrics]) -> None:
-    curves = []
-    for name, run in runs.items():
-        curves.append((name, column(run, "distillation/student_entropy"), "-"))
-        curves.append((name, column(run, "distillation/teacher_entropy"), "--"))
-    draw_lines(axes, curves, "nats a token")
+    axes.legend(lines.values(), lines.keys())
 
 
 def draw_phases(axes, runs: dict[str, Metrics]) -> None:
-    seconds = {name: phase_seconds(run) for name, run in runs.items()}
-    seconds = {name: phases for name, phases in seconds.items() if phases}
-    left = dict.fromkeys(seconds, 0.0)
-    for phase in (*PHASES, "other"):
-        widths = [phases.get(phase, 0.0) for phases in seconds.values()]
-        if any(widths):
-            axes.barh(list(seconds), widths, left=list(left.values()), label=phase)
-            left = {name: left[name] + width for name, width in zip(seconds, widths, strict=True)}
+    seconds = pandas.DataFrame({name: phase_seconds(run) for name, run in runs.items()}).reindex([*PHASES, "other"])
+    seconds = seconds.dropna(how="all").dropna(how="all", axis="columns")
+    seconds.T.plot.barh(ax=axes, stacked=True, width=0.8)
     axes.set_xlabel("seconds a step, mean")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def metric_picture(title: str, key: str, label: str) -> Picture:
-    return Picture(title, (key,), partial(draw_metric, key=key, label=label))
+def line_picture(title: str, styles: dict[str, str], label: str, scale: str = "linear") -> Picture:
+    return Picture(title, tuple(styles), partial(draw_lines, styles=styles, label=label, scale=scale))
 
 
 def held_out_pictures(runs: dict[str, Metrics]) -> list[Picture]:
@@ -277,40 +262,22 @@ def held_out_pictures(runs: dict[str, Metrics]) -> list[Picture]:
     found = []
     for key, match in mean_scores(names).items():
         data_source, metric, mean = match.groups()
-        found.append(metric_picture(f"Held-out {SCORE_NAMES[metric]}: {data_source}", key, f"{metric}, {mean}"))
-    return found or [metric_picture("Held-out accuracy", "val-core/<data source>/<metric>/mean@<n>", "")]
+        found.append(line_picture(f"Held-out {SCORE_NAMES[metric]}: {data_source}", {key: ".-"}, f"{metric}, {mean}"))
+    return found or [line_picture("Held-out accuracy", {"val-core/<data source>/<metric>/mean@<n>": ".-"}, "")]
 
 
 def all_pictures(runs: dict[str, Metrics]) -> list[Picture]:
     """Whether or not there are metrics for them."""
-    entropies = ("distillation/student_entropy", "distillation/teacher_entropy")
+    kl, entropies = "KL(student || teacher), nats a token", "Entropy: student (line), teacher (dashes)"
     return [
         *held_out_pictures(runs),
-        Picture("KL on the student's own tokens", ("distillation/kl",), draw_kl),
-        Picture("Entropy: student (line), teacher (dashes)", entropies, draw_entropy),
-        metric_picture("Same most likely token", "distillation/top1_agreement", "share of response tokens"),
+        line_picture("KL on the student's own tokens", {"distillation/kl": ".-"}, kl, scale="log"),
+        line_picture(
+            entropies, {"distillation/student_entropy": "-", "distillation/teacher_entropy": "--"}, "nats a token"
+        ),
+        line_picture("Same most likely token", {"distillation/top1_agreement": ".-"}, "share of response tokens"),
         Picture("Time for each phase of a step", ("timing_s/step",), draw_phases),
     ]
-
-
-def not_drawn(missing: list[Picture]) -> str:
-    if not missing:
-        return ""
-    items = "".join(
-        f"<li>{html.escape(picture.title)}: <code>{html.escape(' or '.join(picture.metrics))}</code></li>"
-        for picture in missing
-    )
-    return f'<div class="missing">Not drawn, as no run has numbers of the metric:<ul>{items}</ul></div>'
-
-
-def pictures(runs: dict[str, Metrics]) -> str:
-    images, missing = [], []
-    for picture in all_pictures(runs):
-        if has_numbers(runs, picture.metrics):
-            images.append(image(picture, runs))
-        else:
-            missing.append(picture)
-    return "\n".join([*images, not_drawn(missing)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,8 +286,8 @@ def pictures(runs: dict[str, Metrics]) -> str:
 
 
 def shown(token: str) -> str:
-    """A token as visible HTML; its spaces are kept by the style."""
-    return html.escape(token.replace("\n", "↵").replace("\t", "⇥")) or "∅"
+    """A token with all of it visible; its spaces are kept by the style."""
+    return token.replace("\n", "↵").replace("\t", "⇥") or "∅"
 
 
 def alternatives(side: str, top: list[list]) -> str:
@@ -334,66 +301,36 @@ def redness(kl: float, worst: float) -> float:
     return min(1.0, max(0.0, kl / worst)) if worst > 0 else 0.0
 
 
-def token_span(
-    token: str, kl: float | None, teacher_top: list[list] | None, student_top: list[list] | None, worst: float
-) -> str:
-    if kl is None or teacher_top is None or student_top is None:
-        return f'<span class="token" title="not in the loss">{shown(token)}</span>'
-    title = "\n".join([f"KL {kl:.4f}", alternatives("teacher", teacher_top), alternatives("student", student_top)])
-    return (
-        f'<span class="token" style="background:rgba(220,60,30,{redness(kl, worst):.2f})" title="{html.escape(title)}">'
-        f"{shown(token)}</span>"
-    )
-
-
-def sequence(record: dict[str, Any], worst: float) -> str:
-    entries = zip(record["tokens"], record["kl"], record["teacher_top"], record["student_top"], strict=True)
-    tokens = "".join(token_span(*entry, worst) + "<wbr>" for entry in entries)  # a line may end after any token
-    score = "" if record["score"] is None else f' <span class="score">score {record["score"]:g}</span>'
-    return f'<p><span class="prompt">{shown(record["prompt"])}</span>{tokens}{score}</p>'
-
-
-def generations(named: dict[str, list[dict[str, Any]]]) -> str:
-    """One section for each file, side by side; one scale of colour for all, so that before and after compare."""
-    if not named:
-        return ""
-    every_kl = [kl for records in named.values() for record in records for kl in record["kl"] if kl is not None]
-    finite = [kl for kl in every_kl if math.isfinite(kl)]
-    worst = max(finite, default=0.0)
-    also = "" if len(finite) == len(every_kl) else f", and {len(every_kl) - len(finite)} that are not finite"
-    sections = "".join(
-        f"<section><h3>{html.escape(title)}</h3>{''.join(sequence(record, worst) for record in records)}</section>"
-        for title, records in named.items()
-    )
-    return (
-        "<h2>Generations</h2><p>The redder a token, the larger the KL between student and teacher where it was chosen "
-        f"(full red: {worst:.3f} nats{also}). Point at a token to see what both would have said.</p>"
-        f'<div class="columns">{sections}</div>'
-    )
+def judged(record: dict[str, Any], worst: float) -> Iterator[tuple[str, float | None, str]]:
+    """Of each token: itself, its redness (None for one that is not in the loss), and what to say about it."""
+    for token, kl, *tops in zip(*(record[field] for field in TOKEN_FIELDS), strict=True):
+        if kl is None or None in tops:
+            yield token, None, "not in the loss"
+        else:
+            sides = map(alternatives, ("teacher", "student"), tops)
+            yield token, redness(kl, worst), "\n".join([f"KL {kl:.4f}", *sides])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Page
 # ---------------------------------------------------------------------------------------------------------------------
 
-STYLE = """
-body { font-family: sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em; }
-img { width: 32em; max-width: 100%; }
-.columns { display: flex; flex-wrap: wrap; gap: 1em 3em; }
-.columns section { flex: 1 1 24em; min-width: 0; overflow-wrap: anywhere; line-height: 1.5; }
-.prompt, .token { white-space: break-spaces; }
-.prompt, .missing { color: #666; }
-.token { font-family: monospace; font-size: 1.2em; padding: 0.1em 0.15em; border-bottom: 1px solid #bbb; }
-.score { color: #666; font-size: 0.8em; }
-"""
 
-
-def page(runs: dict[str, Metrics], tokens: dict[str, list[dict[str, Any]]]) -> str:
-    names = ", ".join(html.escape(name) for name in runs)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>On-policy distillation</title>'
-        f"<style>{STYLE}</style></head><body>\n<h1>On-policy distillation</h1><p>Runs: {names}</p>\n"
-        f"{pictures(runs)}\n{generations(tokens)}\n</body></html>\n"
+def page(runs: dict[str, Metrics], dumps: dict[str, list[dict[str, Any]]]) -> str:
+    """The dumps stand side by side, with one scale of colour for all, so that before and after compare."""
+    every_kl = [kl for records in dumps.values() for record in records for kl in record["kl"] if kl is not None]
+    finite = list(filter(math.isfinite, every_kl))
+    pictures = all_pictures(runs)
+    drawn = [picture for picture in pictures if has_numbers(runs, picture.metrics)]
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"shown": shown, "judged": judged}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        runs=runs,
+        images=[image(picture, runs) for picture in drawn],
+        missing=[picture for picture in pictures if picture not in drawn],
+        dumps=dumps,
+        worst=max(finite, default=0.0),
+        not_finite=len(every_kl) - len(finite),
     )
 
 

@@ -309,7 +309,7 @@ def _check_loss(config: DictConfig) -> None:
 
 
 def warn_of_unfinished_schedule(config: DictConfig, total_training_steps: int) -> None:
-    """Say that the run ends before the weight of the divergence has fallen to 0."""
+    """Say that the run has fewer steps than the weight of the divergence falls in."""
     settings = DistillationLossConfig.from_config(config.actor_rollout_ref.actor)
     steps = settings.hybrid_lambda_distill_steps
     if steps is not None and steps > total_training_steps:

@@ -28,9 +28,9 @@ Bytes of a logit, both sides in float32 and a 16-bit gradient: 8 for each read a
 and 26 for the mixtures. Loads of the next blocks are on their way while one is computed (`NUM_STAGES`).
 
 The blocks that a row has whole are read and written without a mask, 16 bytes at a time, whatever the number of its
-entries; a mask, which says nothing of a whole vector, is for the one block at its end. That takes rows that begin at
-multiples of 16 entries, as `padded_rows` of `divergence.py` lays them out. Others (odd strides, shards that begin
-anywhere) are read and written entry by entry: correct, and slower.
+entries. A mask keeps the compiler from reading vectors, so only the block at a row's end has one. That takes rows that
+begin at multiples of 16 entries, as `padded_rows` of `divergence.py` lays them out. Others (odd strides, shards that
+begin anywhere) are read and written entry by entry: correct, and slower.
 
 A student's x, and likewise y, of -inf is a probability of zero, with `LOG_ZERO` for its logarithm. All sums are kept
 per lane of the block and added up at the end of the row.
@@ -164,7 +164,7 @@ def _statistics(
     student_rate,
     teacher_rate,
     policy_rate,
-    POLICY: tl.constexpr,
+    POLICY_DTYPE: tl.constexpr,
     LOWEST: tl.constexpr,
     FAR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -172,26 +172,26 @@ def _statistics(
 ):
     """First pass: each side's maximum, the first entry of the student's, and each side's four sums; scalars.
 
-    And of the policy, whose dtype POLICY is (None without one), its maximum and two sums; see `_policy_added`.
+    And of the policy, whose dtype POLICY_DTYPE is (None without one), its maximum and two sums; see `_policy_added`.
     """
     dtype: tl.constexpr = student.dtype.element_ty
     lowest = tl.full((), LOWEST, dtype)  # not -inf: -inf - -inf would be NaN where a row begins with a block of them
     zeros = tl.zeros((BLOCK,), dtype)
     sums = (zeros, zeros, zeros, zeros)
     policy = (lowest, lowest, lowest)  # not read without one
-    if POLICY is not None:
+    if POLICY_DTYPE is not None:
         policy = (lowest, zeros, zeros)
     found = ((lowest, lowest), tl.zeros((), tl.int32), sums, sums, policy)
     rates = (student_rate, teacher_rate, policy_rate)
     whole = vocab // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-        found = _statistics_with(found, student, teacher, start, None, rates, POLICY, FAR, BLOCK)
+        found = _statistics_with(found, student, teacher, start, None, rates, POLICY_DTYPE, FAR, BLOCK)
     if whole < vocab:
-        found = _statistics_with(found, student, teacher, whole, vocab, rates, POLICY, FAR, BLOCK)
+        found = _statistics_with(found, student, teacher, whole, vocab, rates, POLICY_DTYPE, FAR, BLOCK)
     highest, best_start, s_sums, t_sums, policy = found
     is_best = _load(student, best_start, vocab, BLOCK) == highest[0]
     best = tl.min(tl.where(is_best, best_start + tl.arange(0, BLOCK), _NO_ENTRY), axis=0)
-    if POLICY is not None:
+    if POLICY_DTYPE is not None:
         policy = (policy[0], tl.sum(policy[1], axis=0), tl.sum(policy[2], axis=0))
     return highest[0], highest[1], _total(s_sums), _total(t_sums), best, policy
 
@@ -204,7 +204,7 @@ def _statistics_with(
     start,
     end,
     rates,
-    POLICY: tl.constexpr,
+    POLICY_DTYPE: tl.constexpr,
     FAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -223,8 +223,8 @@ def _statistics_with(
     if s_step + t_step > 0:  # a few times a row: the other blocks are spared a third of the work
         s_sums = _moved(s_sums, s_step, t_step)
         t_sums = _moved(t_sums, t_step, s_step)
-        if POLICY is not None:
-            policy = _policy_moved(policy, s_grown, policy_rate, POLICY, FAR)
+        if POLICY_DTYPE is not None:
+            policy = _policy_moved(policy, s_grown, policy_rate, POLICY_DTYPE, FAR)
     best_start = tl.where(s_grown > s_high, start, best_start)
     s_high = s_grown
     x = (z - s_high) * student_rate
@@ -237,8 +237,8 @@ def _statistics_with(
     y = _known(y, 0.0, FAR)
     s_sums = _added(s_sums, e, x, x - y, is_x_lost)
     t_sums = _added(t_sums, f, y, y - x, is_y_lost)
-    if POLICY is not None:
-        policy = _policy_added(policy, z, policy_rate, POLICY, FAR)
+    if POLICY_DTYPE is not None:
+        policy = _policy_added(policy, z, policy_rate, POLICY_DTYPE, FAR)
     return (s_high, t_high), best_start, s_sums, t_sums, policy
 
 
@@ -462,13 +462,13 @@ def _write_gradient(
     numbers,
     of_policy,
     KIND: tl.constexpr,
-    POLICY: tl.constexpr,
+    POLICY_DTYPE: tl.constexpr,
     IS_BACKWARD: tl.constexpr,
     FAR: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Last pass: `factor` * tau * dD/dz, and, where POLICY is not None, the policy's; see `_slope`, `_policy_slope`.
+    """Last pass: `factor` * tau * dD/dz, and, with a POLICY_DTYPE, the policy's; see `_slope` and `_policy_slope`.
 
     To `end` >= vocab entries. It may go over the student's logits: no block is read after it is written.
     """
@@ -476,7 +476,19 @@ def _write_gradient(
     if IS_BACKWARD:  # against the direction of the pass before, as in `_mixture_sums`
         for start in range(blocks * BLOCK, end, BLOCK):
             _write_block(
-                student, teacher, gradient, factor, start, vocab, end, numbers, of_policy, KIND, POLICY, FAR, BLOCK
+                student,
+                teacher,
+                gradient,
+                factor,
+                start,
+                vocab,
+                end,
+                numbers,
+                of_policy,
+                KIND,
+                POLICY_DTYPE,
+                FAR,
+                BLOCK,
             )
     for index in tl.range(0, blocks, num_stages=STAGES):
         if IS_BACKWARD:
@@ -484,12 +496,24 @@ def _write_gradient(
         else:
             start = index * BLOCK
         _write_block(
-            student, teacher, gradient, factor, start, None, None, numbers, of_policy, KIND, POLICY, FAR, BLOCK
+            student, teacher, gradient, factor, start, None, None, numbers, of_policy, KIND, POLICY_DTYPE, FAR, BLOCK
         )
     if not IS_BACKWARD:
         for start in range(blocks * BLOCK, end, BLOCK):
             _write_block(
-                student, teacher, gradient, factor, start, vocab, end, numbers, of_policy, KIND, POLICY, FAR, BLOCK
+                student,
+                teacher,
+                gradient,
+                factor,
+                start,
+                vocab,
+                end,
+                numbers,
+                of_policy,
+                KIND,
+                POLICY_DTYPE,
+                FAR,
+                BLOCK,
             )
 
 
@@ -505,7 +529,7 @@ def _write_block(
     numbers,
     of_policy,
     KIND: tl.constexpr,
-    POLICY: tl.constexpr,
+    POLICY_DTYPE: tl.constexpr,
     FAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -513,11 +537,11 @@ def _write_block(
     z = _load(student, start, end, BLOCK)
     u = _load(teacher, start, vocab, BLOCK)
     slope = _slope(z, u, numbers, KIND, FAR) * factor
-    if POLICY is not None:
+    if POLICY_DTYPE is not None:
         entry = start + tl.arange(0, BLOCK)
         if vocab is not None:
             slope = tl.where(entry < vocab, slope, 0.0)
-        slope += _policy_slope(z, entry, of_policy, POLICY, FAR)
+        slope += _policy_slope(z, entry, of_policy, POLICY_DTYPE, FAR)
     _store(gradient, start, end, slope, BLOCK)
 
 
@@ -526,10 +550,10 @@ def _write_block(
 
 
 @triton.jit
-def _policy_moved(policy, s_high, policy_rate, POLICY: tl.constexpr, FAR: tl.constexpr):
+def _policy_moved(policy, s_high, policy_rate, POLICY_DTYPE: tl.constexpr, FAR: tl.constexpr):
     """The policy's maximum and its sums of e and e x, moved to where the student's maximum is `s_high`."""
     high, mass, own = policy
-    grown = tl.maximum(high, _rounded(s_high, POLICY))  # rounding keeps the order, so this is the rounded logits'
+    grown = tl.maximum(high, _rounded(s_high, POLICY_DTYPE))  # rounding keeps the order, so this is the rounded logits'
     step = (grown - high) * policy_rate
     step = tl.where(step > FAR, FAR, step)
     factor = tl.exp(-step)
@@ -537,29 +561,29 @@ def _policy_moved(policy, s_high, policy_rate, POLICY: tl.constexpr, FAR: tl.con
 
 
 @triton.jit
-def _policy_added(policy, z, policy_rate, POLICY: tl.constexpr, FAR: tl.constexpr):
+def _policy_added(policy, z, policy_rate, POLICY_DTYPE: tl.constexpr, FAR: tl.constexpr):
     """Its maximum, and its sums (BLOCK,) with a block of logits, none of which is above the maximum."""
     high, mass, own = policy
-    x = (_rounded(z, POLICY) - high) * policy_rate
+    x = (_rounded(z, POLICY_DTYPE) - high) * policy_rate
     e = tl.exp(x)
     return high, mass + e, own + e * _known(x, 0.0, FAR)
 
 
 @triton.jit
-def _rounded(z, POLICY: tl.constexpr):
-    """As a head that computes in the dtype POLICY would have given it."""
-    return z.to(tl.float32).to(POLICY).to(z.dtype) if POLICY.primitive_bitwidth == 16 else z
+def _rounded(z, POLICY_DTYPE: tl.constexpr):
+    """As a head that computes in the dtype POLICY_DTYPE would have given it."""
+    return z.to(tl.float32).to(POLICY_DTYPE).to(z.dtype) if POLICY_DTYPE.primitive_bitwidth == 16 else z
 
 
 @triton.jit
-def _policy_slope(z, entry, numbers, POLICY: tl.constexpr, FAR: tl.constexpr):
+def _policy_slope(z, entry, numbers, POLICY_DTYPE: tl.constexpr, FAR: tl.constexpr):
     """of_log_prob * tau * dlog p_label/dz + of_entropy * tau * dH/dz of a block of logits, (BLOCK,).
 
     numbers: what it reads of a row, scalars: the policy's maximum, log-mass and entropy, its rate, the label, and what
     multiplies the two gradients.
     """
     p_high, log_mass, entropy, policy_rate, label, of_log_prob, of_entropy = numbers
-    x = (_rounded(z, POLICY) - p_high) * policy_rate
+    x = (_rounded(z, POLICY_DTYPE) - p_high) * policy_rate
     p = tl.exp(x - log_mass)
     slope = -p * (of_log_prob + of_entropy * (_known(x, 0.0, FAR) - log_mass + entropy))
     return tl.where(entry == label, slope + of_log_prob, slope)
@@ -667,7 +691,7 @@ def _policy_kernel(
     beta: tl.float64,
     rest: tl.float64,
     KIND: tl.constexpr,
-    POLICY: tl.constexpr,
+    POLICY_DTYPE: tl.constexpr,
     IS_GRADIENT: tl.constexpr,
     LOWEST: tl.constexpr,
     FAR: tl.constexpr,
@@ -692,9 +716,11 @@ def _policy_kernel(
     rest = _parameter(rest, dtype)
 
     s_high, t_high, s_sums, t_sums, best, policy = _statistics(
-        student, teacher, vocab, student_rate, teacher_rate, policy_rate, POLICY, LOWEST, FAR, BLOCK, STAGES
+        student, teacher, vocab, student_rate, teacher_rate, policy_rate, POLICY_DTYPE, LOWEST, FAR, BLOCK, STAGES
     )
-    p_high, p_mass, p_own = _policy_of_the_rest(student, vocab, policy_vocab, policy, policy_rate, POLICY, FAR, BLOCK)
+    p_high, p_mass, p_own = _policy_of_the_rest(
+        student, vocab, policy_vocab, policy, policy_rate, POLICY_DTYPE, FAR, BLOCK
+    )
     log_mass = tl.log(p_mass)
     entropy = log_mass - p_own / p_mass
     normal, divergences, entropies = _normalize(s_high, t_high, s_sums, t_sums, student_rate, teacher_rate)
@@ -720,7 +746,7 @@ def _policy_kernel(
             numbers,
             of_policy,
             KIND,
-            POLICY,
+            POLICY_DTYPE,
             not is_mixture,
             FAR,
             BLOCK,
@@ -730,7 +756,7 @@ def _policy_kernel(
         # An id that is no entry has no log-prob.
         is_entry = (label >= 0) & (label < policy_vocab)
         z = tl.load(student + label, mask=is_entry, other=float("nan"))
-        x = (_rounded(z, POLICY) - p_high) * policy_rate
+        x = (_rounded(z, POLICY_DTYPE) - p_high) * policy_rate
         results += row
         tl.store(results, _known(x, _LOG_ZERO + log_mass, FAR) - log_mass)
         tl.store(results + rows, entropy)
@@ -739,14 +765,21 @@ def _policy_kernel(
 
 @triton.jit
 def _policy_of_the_rest(
-    student, vocab, policy_vocab, policy, policy_rate, POLICY: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr
+    student,
+    vocab,
+    policy_vocab,
+    policy,
+    policy_rate,
+    POLICY_DTYPE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The policy's maximum and sums with the entries from `vocab` on added, scalars."""
     for start in range(vocab, policy_vocab, BLOCK):
         z = _load(student, start, policy_vocab, BLOCK)
-        policy = _policy_moved(policy, tl.max(z, axis=0), policy_rate, POLICY, FAR)
+        policy = _policy_moved(policy, tl.max(z, axis=0), policy_rate, POLICY_DTYPE, FAR)
         zeros = tl.zeros((BLOCK,), z.dtype)
-        high, e, e_x = _policy_added((policy[0], zeros, zeros), z, policy_rate, POLICY, FAR)
+        high, e, e_x = _policy_added((policy[0], zeros, zeros), z, policy_rate, POLICY_DTYPE, FAR)
         policy = (high, policy[1] + tl.sum(e, axis=0), policy[2] + tl.sum(e_x, axis=0))
     return policy
 
@@ -1076,7 +1109,7 @@ def _launch_policy(
             spec.parameter,
             1.0 - spec.parameter,
             KIND=spec.resolve(),
-            POLICY=_TRITON_DTYPES[policy.dtype],
+            POLICY_DTYPE=_TRITON_DTYPES[policy.dtype],
             IS_GRADIENT=is_gradient,
             LOWEST=torch.finfo(student.dtype).min,
             **_options(student),

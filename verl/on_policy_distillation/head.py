@@ -501,7 +501,7 @@ def _source(teacher: LogitSource) -> LogitSource:
     return teacher.source if isinstance(teacher, SharedLogits) else teacher
 
 
-def _chunking(head: LinearLogits, target: _Target, needs_gradients: bool) -> Chunking:
+def _chunking(head: LinearLogits, target: _Target, gradients: Optional[_HeadGradients]) -> Chunking:
     """The fastest by an accelerator's roofline; on a processor even chunks of `CHUNK_ELEMENTS`."""
     tokens, vocab = head.shape
     if head.hidden.is_cuda:
@@ -512,9 +512,17 @@ def _chunking(head: LinearLogits, target: _Target, needs_gradients: bool) -> Chu
             sides = _MIXTURE_SIDES
         elif isinstance(teacher, TopKTail) or target.shared is not None:
             sides = _BUCKET_SIDES
-        sides += needs_gradients and head.softcap is not None
-        accelerator = accelerator_of(head.hidden.device)
-        return chunking_for(tokens, vocab, student_width, teacher_width, head.weight.itemsize, accelerator, sides)
+        sides += gradients is not None and gradients.is_any and head.softcap is not None
+        return chunking_for(
+            tokens,
+            vocab,
+            student_width,
+            teacher_width,
+            head.weight.itemsize,
+            accelerator_of(head.hidden.device),
+            sides,
+            is_frozen=gradients is not None and gradients.weight is None,
+        )
     first = next(iter(chunks(tokens, vocab, divergence_module.CHUNK_ELEMENTS)), slice(0, 1))
     return Chunking(rows=first.stop, group=first.stop)
 
@@ -522,19 +530,17 @@ def _chunking(head: LinearLogits, target: _Target, needs_gradients: bool) -> Chu
 def _token_groups(
     head: LinearLogits, target: _Target, chunking: Optional[Chunking], gradients: Optional[_HeadGradients]
 ) -> Iterator[_Group]:
-    """`chunking`: None for the one that suits the device. `gradients`: that the groups are for; None without any.
+    """`chunking`: None for the one that suits the device. `gradients`: what a group's are added to; None without any.
 
     Raises:
         ValueError: a chunking without rows, or with groups of less than a chunk.
     """
     needs_gradients = gradients is not None and gradients.is_any
-    rows, group = chunking or _chunking(head, target, needs_gradients)
+    rows, group = chunking or _chunking(head, target, gradients)
     if not 1 <= rows <= group:
         raise ValueError(f"chunking={Chunking(rows, group)}: pass rows of 1 or more, and a group of no fewer.")
-    # The gradient goes over the student's logits, which it fits.
     is_over = head.dtype == head.weight.dtype or not needs_gradients
-    # Of the products, only that of the weight's gradient is the faster for more tokens; a frozen head has none.
-    if is_over or gradients is None or gradients.weight is None:
+    if is_over:  # the gradient goes over the student's logits, which it fits: there is nothing to collect
         group = rows
     tokens = head.shape[0]
     most, source = _in_whole_tiles(rows, tokens), _source(target.teacher)
@@ -667,7 +673,8 @@ def divergence_of_head(
             outcomes.
         token_weights: (n,), a promise: the loss is, up to a common factor, sum_i token_weights[i] * divergence[i].
         chunking: how many tokens at a time; None: what `roofline.py` predicts to be the fastest on an accelerator, and
-            `CHUNK_ELEMENTS` on a processor.
+            `CHUNK_ELEMENTS` on a processor. Its `group` says nothing with float32 weights, whose gradients go over the
+            logits.
 
     Returns:
         TokenDivergence, whose `divergence` is differentiable, once. Its backward raises RuntimeError if the loss does

@@ -446,9 +446,8 @@ def _said_bytes(teachers: Sequence[Model], s: Settings, payload: str) -> int:
 
 def _chunking(student: Model, teachers: Sequence[Model], s: Settings, accelerator: Accelerator) -> Chunking:
     widest = max((teacher.width for teacher in teachers), default=student.width)
-    chosen = chunking_for(s.micro_tokens, student.vocab, student.width, widest, 2, accelerator)
-    # A frozen head has no gradient of its weight to collect a group of chunks for.
-    return Chunking(chosen.rows, chosen.rows) if s.lora_rank else chosen
+    is_frozen = bool(s.lora_rank)
+    return chunking_for(s.micro_tokens, student.vocab, student.width, widest, 2, accelerator, is_frozen=is_frozen)
 
 
 def _host(student: Model, teachers: Sequence[Model], s: Settings) -> list[Phase]:
@@ -510,10 +509,17 @@ def _seconds(student: Model, teachers: Sequence[Model], s: Settings, accelerator
     widths = largest((teacher.width for teacher in teachers), s.teachers_per_token)
     widths = widths if s.payload == "hidden_states" else []
     chunking = _chunking(student, teachers, s, accelerator)
-    cost = head_cost(
-        supervised, student.vocab, student.width, widths, chunking, accelerator, kind=s.kind, is_hybrid=s.is_hybrid
-    )
-    head = cost.seconds - (cost.parts["gradient of weight"] + cost.parts["its ends"] if s.lora_rank else 0.0)
+    head = head_cost(
+        supervised,
+        student.vocab,
+        student.width,
+        widths,
+        chunking,
+        accelerator,
+        kind=s.kind,
+        is_hybrid=s.is_hybrid,
+        is_frozen=bool(s.lora_rank),
+    ).seconds
     # Forward, its repetition by checkpointing, and a backward of two products for each of the forward's; one of them
     # for weights that do not train.
     passes = 3 if s.lora_rank else 4

@@ -166,6 +166,7 @@ def head_cost(
     kind: str = "reverse_kl",
     weight_bytes: int = 2,
     is_hybrid: bool = False,
+    is_frozen: bool = False,
 ) -> HeadCost:
     """Of forward and backward of `divergence_of_head`, or, `is_hybrid`, of `tokens_of_head`, which projects twice.
 
@@ -173,6 +174,7 @@ def head_cost(
         teacher_widths: the hidden sizes of the teachers of each token; more than one are mixed.
         kind: a key of `INSTRUCTIONS`.
         weight_bytes: of an entry of the weights: 2, or 4 for float32.
+        is_frozen: the student's weight gets no gradient, as with a LoRA.
     """
     cost = _Costs(vocab, student_width, weight_bytes, accelerator)
     rows, group = max(1, min(chunking.rows, tokens)), max(1, min(chunking.group, tokens))
@@ -185,10 +187,12 @@ def head_cost(
         * sum(many * cost.logits(r, width) for r, many in chunks for width in teacher_widths),
         "divergence": cost.divergence(tokens, kind, is_hybrid),
         "gradient of hidden": sum(many * cost.hidden_gradient(size) for size, many in groups),
-        "gradient of weight": sum(many * cost.weight_gradient(size) for size, many in groups),
-        "its ends": cost.weight_gradient_ends(),
     }
-    products = projections * (student_width + sum(teacher_widths)) + 2 * student_width
+    products = projections * (student_width + sum(teacher_widths)) + student_width
+    if not is_frozen:
+        parts["gradient of weight"] = sum(many * cost.weight_gradient(size) for size, many in groups)
+        parts["its ends"] = cost.weight_gradient_ends()
+        products += student_width
     floor = 2 * tokens * vocab * products / accelerator.flops(weight_bytes)
     return HeadCost(sum(parts.values()), floor, buffer_bytes(vocab, Chunking(rows, group), weight_bytes), parts)
 
@@ -207,6 +211,7 @@ def chunking_for(
     weight_bytes: int,
     accelerator: Accelerator,
     sides: int = 2,
+    is_frozen: bool = False,
     memory: int = HEAD_MEMORY,
 ) -> Chunking:
     """The fastest by `head_cost` whose buffers take no more than `memory` bytes; the smaller of two that are as fast.
@@ -215,6 +220,7 @@ def chunking_for(
 
     Args:
         sides: chunks of logits that are alive at once: the student's and the teacher's; more for several teachers.
+        is_frozen: as in `head_cost`.
     """
     if tokens == 0:
         return Chunking(1, 1)
@@ -228,7 +234,14 @@ def chunking_for(
 
     def cost(choice: Chunking) -> tuple[float, int]:
         found = head_cost(
-            tokens, vocab, student_width, (teacher_width,), choice, accelerator, weight_bytes=weight_bytes
+            tokens,
+            vocab,
+            student_width,
+            (teacher_width,),
+            choice,
+            accelerator,
+            weight_bytes=weight_bytes,
+            is_frozen=is_frozen,
         )
         return found.seconds, found.extra_bytes
 
