@@ -375,8 +375,8 @@ def test_every_method_is_a_configuration_that_the_trainer_accepts(name, plugin, 
 
 def test_a_curve_has_the_scored_steps_with_the_seconds_and_tokens_until_them():
     metrics = {
-        step: {"timing_s/step": 2.0, "response_length/mean": 30.0 + step, "critic/score/mean": step / 10}
-        for step in (1, 2, 3, 4)
+        step: {"timing_s/step": seconds, "response_length/mean": 30.0 + step, "critic/score/mean": step / 10}
+        for step, seconds in enumerate((50.0, 2.0, 3.0, 1.0), 1)  # the first with its start: 2 is the others' median
     }
     assert ablation.curve(metrics, {0: {"nll": 5.0}, 2: {"nll": 4.5}, 4: {"nll": 4.25}}) == {
         "step": [0, 2, 4],
@@ -385,6 +385,13 @@ def test_a_curve_has_the_scored_steps_with_the_seconds_and_tokens_until_them():
         "reward": [None, 0.2, 0.4],
         "nll": [5.0, 4.5, 4.25],
     }
+
+
+@pytest.mark.parametrize("teacher", [5.0, 4.9, math.nan])
+def test_a_teacher_that_is_hardly_better_is_refused(teacher):
+    with pytest.raises(ValueError, match=f"the teacher's held-out NLL is {teacher:.3f} and the student's 5.000: less"):
+        ablation.require_gap({"base": {"nll": 5.0}, "teacher": {"nll": teacher}})
+    ablation.require_gap({"base": {"nll": 5.0}, "teacher": {"nll": 4.5}})
 
 
 def test_the_grid_comes_first_and_then_the_other_seeds_at_the_best_rate(tmp_path, monkeypatch):

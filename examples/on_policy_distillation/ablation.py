@@ -28,6 +28,7 @@ to tables: ablation_results.py.
 import argparse
 import platform
 import shutil
+import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,8 +63,9 @@ from progress import end_with_trainers
 from transformers import LlamaForCausalLM
 
 ROLLOUTS, UPDATES = 128, 8  # of a step
-STEPS, SCORE_EVERY = 24, 4
+STEPS, SCORE_EVERY = 16, 4
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEAST_GAP = 0.2  # nats of held-out NLL between student and teacher
 
 
 def topk_methods(k: int) -> dict[str, Method]:
@@ -114,19 +116,35 @@ SETUP = Setup(
 def curve(metrics: dict[int, StepMetrics], scores: dict[int, dict[str, float]]) -> dict[str, list]:
     """One list a column, one entry a scored step: seconds and tokens are those of all steps up to it.
 
+    The first step waits for processes that are still starting, several times as long as it trains: it counts as the
+    median of the others.
+
     Args:
         metrics: of every step, from 1 on.
         scores: of the scored steps; step 0 is the student before.
     """
     steps = sorted(scores)
+    seconds = {step: row["timing_s/step"] for step, row in metrics.items()}
+    seconds[1] = statistics.median(seconds[step] for step in metrics if step != 1)
     until = {step: [metrics[done] for done in metrics if done <= step] for step in steps}
     return {
         "step": steps,
-        "seconds": [significant(sum(row["timing_s/step"] for row in until[step])) for step in steps],
+        "seconds": [significant(sum(seconds[done] for done in metrics if done <= step)) for step in steps],
         "tokens": [round(sum(row["response_length/mean"] for row in until[step]) * ROLLOUTS) for step in steps],
         "reward": [significant(metrics.get(step, {}).get("critic/score/mean")) for step in steps],
         **{name: [significant(scores[step][name]) for step in steps] for name in scores[0]},
     }
+
+
+def require_gap(references: dict[str, dict[str, float]]) -> None:
+    """Raise ValueError, before any run, where the teacher has little to teach."""
+    student, teacher = (references[name]["nll"] for name in ("base", "teacher"))
+    print(f"held-out NLL: student {student:.3f}, teacher {teacher:.3f}", flush=True)
+    if not student - teacher >= LEAST_GAP:
+        raise ValueError(
+            f"the teacher's held-out NLL is {teacher:.3f} and the student's {student:.3f}: less than {LEAST_GAP} to "
+            "gain. Train the teacher for longer, or the student for less (MODELS in python_docs.py), in another --out."
+        )
 
 
 class Ablation:
@@ -145,6 +163,7 @@ class Ablation:
             teacher = LlamaForCausalLM.from_pretrained(out / "teacher", dtype=torch.float32).eval()
             self.scorer = Scorer(teacher, windows, python_docs.RESPONSE_TOKENS, TOP_KS)
         self.references = {name: self.scores(out / name) for name in ("base", "teacher")}
+        require_gap(self.references)
         self.curves: dict[Run, dict[str, list]] = {}
 
     @one_thread()

@@ -43,7 +43,8 @@ DEFINITIONS = (
     "NLL: negative log-likelihood of held-out text. KL(S‖T), entropy and the student's mass outside of the teacher's "
     "top k: on the student's own samples. KL(T‖S): on the teacher's. All over the whole vocabulary, in nats a token, "
     "alike for all methods. Reward: F1 of words with how the documentation goes on, of the step's own rollouts; only "
-    "the hybrid trains for it. The best learning rate is the one of the grid whose last step has the lowest NLL. "
+    "the hybrid trains for it. Seconds: of training steps; the first, which waits for processes to start, counts as "
+    "the median of the others. The best learning rate is the one of the grid whose last step has the lowest NLL. "
     "Numbers of several seeds are their mean and range."
 )
 
