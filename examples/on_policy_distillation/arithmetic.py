@@ -111,6 +111,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
+    return with_plain_template(backend)
+
+
+def with_plain_template(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """With EOS, PAD, and a chat template that is the message itself."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=PAD, padding_side="left")
     tokenizer.chat_template = (
         "{% for message in messages %}"
@@ -120,8 +125,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def untrained_model(hidden: int, layers: int, vocab_size: int, tied: bool, seed: int) -> LlamaForCausalLM:
-    tokenizer = build_tokenizer()
+def untrained_model(
+    hidden: int,
+    layers: int,
+    vocab_size: int,
+    tied: bool,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> LlamaForCausalLM:
+    tokenizer = tokenizer or build_tokenizer()
     if vocab_size < len(tokenizer):
         raise ValueError(f"vocab_size={vocab_size} is smaller than the tokenizer's {len(tokenizer)}")
     heads = max(2, hidden // 32)
@@ -143,12 +155,12 @@ def untrained_model(hidden: int, layers: int, vocab_size: int, tied: bool, seed:
         return LlamaForCausalLM(config)
 
 
-def save_checkpoint(model: LlamaForCausalLM, path: Path) -> None:
+def save_checkpoint(model: LlamaForCausalLM, path: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
     """Write model and tokenizer to `path`, which appears only when complete: an interrupted run leaves no half."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    build_tokenizer().save_pretrained(partial)
+    (tokenizer or build_tokenizer()).save_pretrained(partial)
     os.replace(partial, path)
 
 

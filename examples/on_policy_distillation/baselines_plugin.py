@@ -22,20 +22,21 @@ import functools
 from types import ModuleType
 
 import torch
-from baselines import FORWARD_KL_TOPK, SAMPLED_K1, TOP_K, forward_kl_topk, sampled_k1_advantages
+from baselines import SAMPLED_K1, TRUNCATED, sampled_k1_advantages
 
 from verl.plugin.after_import import after_import
 
 
-def _topk_rows(d, beta: float) -> torch.Tensor:
+def truncated_rows(name: str, d, beta: float) -> torch.Tensor:
     """An entry of DIVERGENCES: returns the values and leaves the gradient in `d.s`."""
-    value, gradient = forward_kl_topk(d.log_s, d.log_t, TOP_K)
+    function, k = TRUNCATED[name]
+    value, gradient = function(d.log_s, d.log_t, k)
     d.s.copy_(gradient)
     return value
 
 
-def _register_topk(divergence: ModuleType) -> None:
-    divergence.DIVERGENCES[FORWARD_KL_TOPK] = _topk_rows
+def _register_truncated(divergence: ModuleType) -> None:
+    divergence.DIVERGENCES.update({name: functools.partial(truncated_rows, name) for name in TRUNCATED})
 
 
 def _register_k1(core_algos: ModuleType) -> None:
@@ -59,7 +60,7 @@ def _give_advantages(worker: ModuleType) -> None:
 
 after_import(
     {
-        "verl.on_policy_distillation.divergence": _register_topk,
+        "verl.on_policy_distillation.divergence": _register_truncated,
         "verl.trainer.ppo.core_algos": _register_k1,
         "verl.on_policy_distillation.worker": _give_advantages,
     }

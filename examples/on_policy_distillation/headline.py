@@ -47,7 +47,7 @@ from pathlib import Path
 
 import arithmetic
 import headline_results
-from baselines import FORWARD_KL_TOPK, SAMPLED_K1, TOP_K
+from baselines import SAMPLED_K1, TOP_K, truncated
 from headline_results import MAIN
 from metrics import StepMetrics, read_run
 from progress import end_with_trainers, overrides_of, train
@@ -220,7 +220,7 @@ DISTILLED = {
         f"{LOSS}.hybrid_lambda_distill=0.5",
         responses=GROUP,
     ),
-    "topk": pure(f"forward KL, teacher's top {TOP_K} (baseline)", FORWARD_KL_TOPK),
+    "topk": pure(f"forward KL, teacher's top {TOP_K} (baseline)", truncated("forward_kl", TOP_K)),
     "k1": hybrid(
         "sampled token, k1 (baseline)",
         f"{LOSS}.hybrid_rl_loss_mode={SAMPLED_K1}",
@@ -239,6 +239,23 @@ BEYOND = {
     ),
 }
 METHODS = {"grpo": grpo("GRPO", GRPO_STEPS), **DISTILLED, **BEYOND}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs of an experiment have in common; rollouts and updates are those of a step."""
+
+    experiment: str
+    methods: dict[str, Method]
+    prompt_tokens: int
+    answer_tokens: int
+    rollouts: int
+    updates: int
+    reward_file: Path
+
+
+def setup(task: Task) -> Setup:
+    return Setup("headline", METHODS, task.prompt_tokens, task.answer_tokens, ROLLOUTS, UPDATES, task.reward_file)
 
 
 @dataclass(frozen=True)
@@ -264,25 +281,25 @@ class Sources:
         return max(path.stat().st_mtime for path in (self.start, self.teacher) if path is not None)
 
 
-def overrides(run: Run, task: Task, out: Path, sources: Sources) -> list[str]:
+def overrides(run: Run, common: Setup, out: Path, sources: Sources) -> list[str]:
     """What is said to VERL's trainer, beside what the machine needs."""
-    method = METHODS[run.method]
-    prompts = ROLLOUTS // method.responses
+    method = common.methods[run.method]
+    prompts = common.rollouts // method.responses
     return [
         f"actor_rollout_ref.model.path={sources.start}",
         f"data.train_files={out}/train.parquet",
         f"data.val_files={out}/test.parquet",  # wanted by VERL, not used
-        f"data.max_prompt_length={task.prompt_tokens}",
-        f"data.max_response_length={task.answer_tokens}",
+        f"data.max_prompt_length={common.prompt_tokens}",
+        f"data.max_response_length={common.answer_tokens}",
         f"data.train_batch_size={prompts}",
         f"data.seed={run.seed}",
         f"actor_rollout_ref.rollout.n={method.responses}",
         f"actor_rollout_ref.rollout.seed={run.seed}",
-        f"{ACTOR}.ppo_mini_batch_size={prompts // UPDATES}",
+        f"{ACTOR}.ppo_mini_batch_size={prompts // common.updates}",
         f"{ACTOR}.data_loader_seed={run.seed}",
         f"{ACTOR}.optim.lr={run.learning_rate:g}",
         f"{ACTOR}.optim.lr_scheduler_type=cosine",  # at a constant rate accuracy keeps jumping by a point or two
-        f"reward.custom_reward_function.path={task.reward_file}",
+        f"reward.custom_reward_function.path={common.reward_file}",
         f"trainer.total_training_steps={method.steps}",
         "trainer.total_epochs=1000",
         # The trainer's own validation generates through its agent loop and takes longer than a step does. Steps are
@@ -294,7 +311,7 @@ def overrides(run: Run, task: Task, out: Path, sources: Sources) -> list[str]:
         "trainer.resume_mode=disable",
         f"trainer.default_local_dir={out}/runs/{run.name}/checkpoints",
         "trainer.logger=[file]",
-        "trainer.project_name=headline",
+        f"trainer.project_name={common.experiment}",
         f"trainer.experiment_name={run.name}",
         *([f"teacher.model.path={sources.teacher}"] if sources.teacher else []),
         *method.overrides,
@@ -342,19 +359,19 @@ class Measured:
         return cls(saved["curve"], outcomes)
 
 
-def finished(done: Path, settings: list[str], sources: Sources) -> Measured | None:
+def finished(done: Path, settings: list[str], sources: Sources) -> dict | None:
     """What is in `done`, if it is of a run with these settings and with the checkpoints that are there now."""
     if not done.exists() or sources.changed_at > done.stat().st_mtime:
         return None
     saved = json.loads(done.read_text())
-    return Measured.from_json(saved) if saved["settings"] == settings else None
+    return saved if saved["settings"] == settings else None
 
 
-def train_once(run: Run, task: Task, out: Path, sources: Sources) -> Measured:
-    """What was measured of `run`, which is trained unless that has been done."""
+def trained(run: Run, common: Setup, out: Path, sources: Sources, measure: Callable[[], dict]) -> dict:
+    """What `measure` said after `run`, which is trained unless that has been done."""
     folder = out / "runs" / run.name
     done = folder / "measured.json"
-    settings = overrides(run, task, out, sources)
+    settings = overrides(run, common, out, sources)
     measured = finished(done, settings, sources)
     if measured is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -365,11 +382,20 @@ def train_once(run: Run, task: Task, out: Path, sources: Sources) -> Measured:
             "VERL_USE_EXTERNAL_MODULES": "verl_on_policy_distillation,baselines_plugin",
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
-        train(folder, METHODS[run.method].steps, command, environment, label=f"{out.name} {run.name}   ")
-        outcomes = score_checkpoints(run, task, out, sources.start)
-        measured = Measured(curve(read_run(folder), outcomes), outcomes)
-        done.write_text(json.dumps({"settings": settings} | measured.to_json()) + "\n")
+        train(folder, common.methods[run.method].steps, command, environment, label=f"{out.name} {run.name}   ")
+        measured = measure()
+        done.write_text(json.dumps({"settings": settings} | measured) + "\n")
     return measured
+
+
+def train_once(run: Run, task: Task, out: Path, sources: Sources) -> Measured:
+    """What was measured of `run`."""
+
+    def measure() -> dict:
+        outcomes = score_checkpoints(run, task, out, sources.start)
+        return Measured(curve(read_run(out / "runs" / run.name), outcomes), outcomes).to_json()
+
+    return Measured.from_json(trained(run, setup(task), out, sources, measure))
 
 
 COLUMNS = {
@@ -438,11 +464,17 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def description(task: Task) -> dict:
-    """What a reader must know to judge the numbers."""
+def surroundings() -> dict:
     return {
         "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "gpu": None},
         "versions": {name: version(name) for name in ("verl", "torch", "transformers", "ray")},
+    }
+
+
+def description(task: Task) -> dict:
+    """What a reader must know to judge the numbers."""
+    return {
+        **surroundings(),
         "model": {
             "type": "Llama",
             "layers": LAYERS,

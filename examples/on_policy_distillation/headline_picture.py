@@ -188,15 +188,15 @@ def details(results: dict) -> str:
     )
 
 
-def between_markers(text: str) -> str:
-    return text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip("\n")
+def between_markers(text: str, begin: str = BEGIN, end: str = END) -> str:
+    return text[text.index(begin) + len(begin) : text.index(end)].strip("\n")
 
 
-def with_block(text: str, block: str) -> str:
+def with_block(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with `block` between its markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"one {BEGIN} and one {END} are wanted")
-    return f"{text[: text.index(BEGIN)]}{BEGIN}\n{block}\n{text[text.index(END) :]}"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"one {begin} and one {end} are wanted")
+    return f"{text[: text.index(begin)]}{begin}\n{block}\n{text[text.index(end) :]}"
 
 
 def read(folder: Path) -> dict[str, dict]:
