@@ -114,7 +114,10 @@ def addition_data() -> Data:
 
 
 def chain_sum_data(terms: int) -> Data:
-    import chain_sum  # needs reasoning-gym, which the other task does not
+    try:
+        import chain_sum
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"this task needs reasoning-gym: pip install -r {REASONING_GYM} ({error})") from None
 
     taught, held_out = chain_sum.problems(terms, MODEL_SEED, CHAIN_SUMS, HELD_OUT)
     results = [chain_sum.with_result(expression) for expression in taught]
@@ -125,7 +128,7 @@ def chain_sum_data(terms: int) -> Data:
     )
 
 
-def chain_sum(terms: int, answer_tokens: int) -> Task:
+def chain_sum_task(terms: int, answer_tokens: int) -> Task:
     return Task(
         title=f"sums of {terms} digits with their working",
         module="chain_sum",
@@ -140,6 +143,7 @@ def chain_sum(terms: int, answer_tokens: int) -> Task:
 
 
 CHAIN_SUMS = 20_000  # problems to train on
+REASONING_GYM = HERE / "headline_requirements.txt"
 TASKS = {
     "addition": Task(
         title="two-digit addition",
@@ -152,8 +156,8 @@ TASKS = {
         base_learning_rate=7e-4,
         learning_rates=(7e-6, 2e-5, 6e-5),
     ),
-    "chain_sum_4": chain_sum(terms=4, answer_tokens=19),
-    "chain_sum_8": chain_sum(terms=8, answer_tokens=43),
+    "chain_sum_4": chain_sum_task(terms=4, answer_tokens=19),
+    "chain_sum_8": chain_sum_task(terms=8, answer_tokens=43),
 }
 
 
@@ -422,6 +426,14 @@ def curve(metrics: dict[int, StepMetrics], outcomes: dict[int, list[bool]]) -> d
     }
 
 
+def joined(before: Measured, after: Measured) -> Measured:
+    """Of a run that went on from the last step of another: the steps, tokens and seconds of both."""
+    last = before.curve["step"][-1]
+    columns = {name: values + after.curve[name][1:] for name, values in before.curve.items()}
+    columns["step"] = before.curve["step"] + [last + step for step in after.curve["step"][1:]]
+    return Measured(columns, before.outcomes | {last + step: rights for step, rights in after.outcomes.items()})
+
+
 def against_teacher(curve: dict[str, list], outcomes: dict[int, list[bool]], teacher: list[bool]) -> dict[str, list]:
     """Two more columns of `curve`: held-out problems that only the teacher gets right, and that only this step does."""
     pairs = [list(zip(outcomes.get(step, []), teacher, strict=step in outcomes)) for step in curve["step"]]
@@ -490,7 +502,12 @@ def description(task: Task) -> dict:
         "optimizer": "AdamW, learning rate decayed to zero over the run by a cosine",
         "top_k": TOP_K,
         "methods": {
-            name: {"title": method.title, "responses_per_prompt": method.responses, "steps": method.steps}
+            name: {
+                "title": method.title,
+                "responses_per_prompt": method.responses,
+                "steps": method.steps + (METHODS[method.start].steps if method.start else 0),
+                "learning_rate": "GRPO's" if name in BEYOND else "the best of the grid",
+            }
             for name, method in METHODS.items()
         },
     }
@@ -514,21 +531,27 @@ class Experiment:
         return description(self.task) | {"jobs": self.jobs, "runs": runs}
 
     def curve(self, run: Run) -> dict[str, list]:
-        measured = self.measured[run]
+        measured = self.from_base(run)
         teacher = self.measured.get(self.teacher_run(run.seed))
         if teacher is None:
             return measured.curve
         last = teacher.outcomes[max(teacher.outcomes)]
         return measured.curve | against_teacher(measured.curve, measured.outcomes, last)
 
+    def from_base(self, run: Run) -> Measured:
+        """With the run that it goes on from, if it does."""
+        before = self.run_before(run)
+        return self.measured[run] if before is None else joined(self.measured[before], self.measured[run])
+
     def train(self, runs: Sequence[Run]) -> None:
         """Train runs that do not depend on each other."""
+        pairs = [(run, self.sources(run)) for run in runs]
 
-        def one(run: Run) -> Measured:
-            return train_once(run, self.task, self.out, self.sources(run))
+        def one(pair: tuple[Run, Sources]) -> Measured:
+            return train_once(pair[0], self.task, self.out, pair[1])
 
         with ThreadPoolExecutor(self.jobs) as pool:
-            for run, measured in zip(runs, pool.map(one, runs), strict=True):
+            for run, measured in zip(runs, pool.map(one, pairs), strict=True):
                 self.measured[run] = measured
                 self.results_path.parent.mkdir(parents=True, exist_ok=True)
                 headline_results.write(self.results, self.results_path)
@@ -540,14 +563,15 @@ class Experiment:
     def teacher_run(self, seed: int) -> Run:
         return Run("grpo", self.best("grpo"), seed)
 
+    def run_before(self, run: Run) -> Run | None:
+        """The one whose last step `run` starts from; None: it starts from the base."""
+        method = METHODS[run.method].start
+        return None if method is None else Run(method, self.best(method), run.seed)
+
     def sources(self, run: Run) -> Sources:
-        method = METHODS[run.method]
-        start, teacher = self.out / "base", None
-        if method.start is not None:
-            before = Run(method.start, self.best(method.start), run.seed)
-            start = checkpoint(before, self.out, METHODS[method.start].steps)
-        if method.teacher_step is not None:
-            teacher = checkpoint(self.teacher_run(run.seed), self.out, method.teacher_step)
+        before, teacher_step = self.run_before(run), METHODS[run.method].teacher_step
+        start = self.out / "base" if before is None else checkpoint(before, self.out, METHODS[before.method].steps)
+        teacher = None if teacher_step is None else checkpoint(self.teacher_run(run.seed), self.out, teacher_step)
         return Sources(start, teacher)
 
     def run(self, methods: Sequence[str], seeds: int) -> None:
@@ -569,7 +593,7 @@ def main() -> None:
         "--out", type=Path, default=root / "runs" / "headline", help="models, data and runs of each task"
     )
     parser.add_argument("--results", type=Path, help="where the measurements go; by default OUT/TASK/results.json")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of GRPO and reverse KL")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of GRPO, reverse KL and the ways beyond")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time; default 2")
     arguments = parser.parse_args()
     if missing := [name for name in MAIN if name not in arguments.methods]:

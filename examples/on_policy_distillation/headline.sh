@@ -14,9 +14,10 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
-if [[ $# -gt 0 && $1 != --* ]]; then folder=$1; shift; else folder=$root/runs/headline; fi
+if [[ $# -gt 0 && $1 != -* ]]; then folder=$1; shift; else folder=$root/runs/headline; fi
 
 "$root/scripts/bootstrap.sh"
-"$root/.venv/bin/python" -m pip --disable-pip-version-check -q install -r "$here/headline_requirements.txt"
+"$root/.venv/bin/python" -m pip --disable-pip-version-check -q install -r "$here/headline_requirements.txt" ||
+    echo "headline: reasoning-gym could not be installed (see above); without it there is --task addition"
 export TOKENIZERS_PARALLELISM=false
 exec "$root/.venv/bin/python" "$here/headline.py" --out "$folder" "$@"

@@ -13,9 +13,9 @@
 # limitations under the License.
 """The headline's pictures and tables, from the committed results of its tasks.
 
-    python headline_picture.py [--results FOLDER]
+    python headline_picture.py
 
-Reads FOLDER/headline_TASK.json and writes beside them
+Reads results/headline_TASK.json and writes beside them
 
 - headline.svg and headline_dark.svg, the README's: both curves of one task, for light and dark pages,
 - speed_up.svg: the speed-up against the length of an answer,
@@ -25,7 +25,6 @@ and, between the lines <!-- headline:begin --> and <!-- headline:end -->, the RE
 ON_POLICY_DISTILLATION.md and the tables of HEADLINE.md. Needs matplotlib.
 """
 
-import argparse
 from pathlib import Path
 
 import headline_results
@@ -36,7 +35,8 @@ from report import import_pyplot
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
-README_TASK = "chain_sum_4"
+README_TASK, WAYS_TASK = "chain_sum_4", "addition"
+RESULTS = HERE / "results"
 COLOURS = {
     "grpo": "tab:gray",
     "reverse_kl": "tab:red",
@@ -135,10 +135,12 @@ def draw_speed_up(every_task: dict[str, dict], path: Path) -> None:
 
 
 def draw_ways(results: dict, path: Path) -> None:
-    """Every way of distilling, seed 0 at its best learning rate."""
+    """Every way of distilling that takes as many steps as reverse KL, seed 0 at its best learning rate."""
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(6.5, 3.8), layout="constrained")
-    for method in [name for name in results["methods"] if name != "grpo" and runs_of(results, name, seed=0)]:
+    steps = results["methods"]["reverse_kl"]["steps"]
+    alike = [name for name, about in results["methods"].items() if about["steps"] == steps]
+    for method in [name for name in alike if runs_of(results, name, seed=0)]:
         curve = best_runs(results, method)[0]["curve"]
         title = results["methods"][method]["title"]
         axes.plot(100 * pandas.Series(validated(curve)), color=COLOURS[method], label=title)
@@ -218,15 +220,15 @@ def documents(every_task: dict[str, dict], folder: Path) -> dict[Path, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    folder = parser.parse_args().results
-    every_task = read(folder)
+    every_task = read(RESULTS)
+    if missing := {README_TASK, WAYS_TASK} - every_task.keys():
+        raise SystemExit(f"{RESULTS} has no results of {', '.join(sorted(missing))}; headline.sh measures them")
+    blocks = documents(every_task, RESULTS)
     for name, colours in PAGES.items():
-        draw_headline(every_task[README_TASK], folder / name, colours)
-    draw_speed_up(every_task, folder / "speed_up.svg")
-    draw_ways(every_task["addition"], folder / "ways.svg")
-    for document, block in documents(every_task, folder).items():
+        draw_headline(every_task[README_TASK], RESULTS / name, colours)
+    draw_speed_up(every_task, RESULTS / "speed_up.svg")
+    draw_ways(every_task[WAYS_TASK], RESULTS / "ways.svg")
+    for document, block in blocks.items():
         document.write_text(with_block(document.read_text(), block))
         print(f"numbers: {document}")
 
