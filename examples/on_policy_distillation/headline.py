@@ -138,7 +138,7 @@ def chain_sum_task(terms: int, answer_tokens: int) -> Task:
         hidden=128,
         base_share=0.5,
         base_learning_rate=1e-3,
-        learning_rates=(5e-6, 1.5e-5, 5e-5),
+        learning_rates=(5e-6, 1.5e-5, 5e-5, 1.5e-4),
     )
 
 
