@@ -23,7 +23,7 @@ import pytest
 import torch
 from arithmetic import build_tokenizer, save_checkpoint, tiny_model
 from conftest import ROOT
-from drop_layers import drop_layers, require_same, spread
+from drop_layers import drop_layers, evenly_spread, require_same
 from heal import negative_log_likelihood, parse, passages, plain_template, prepare, python_reference, split
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from metrics import read_run
@@ -44,10 +44,10 @@ LAYERS, DROPPED = 5, [1, 3]
 
 
 def test_dropped_layers_are_evenly_spread_between_the_first_and_the_last():
-    assert spread(28, 3) == [7, 14, 21]
+    assert evenly_spread(28, 3) == [7, 14, 21]
     for layers in range(3, 41):
         for drop in range(1, layers - 1):
-            dropped = spread(layers, drop)
+            dropped = evenly_spread(layers, drop)
             assert len(set(dropped)) == drop and 0 < min(dropped) and max(dropped) < layers - 1
             gaps = [b - a for a, b in zip([0, *dropped], [*dropped, layers], strict=True)]
             assert max(gaps) - min(gaps) <= 1
@@ -56,7 +56,7 @@ def test_dropped_layers_are_evenly_spread_between_the_first_and_the_last():
 @pytest.mark.parametrize("drop", [0, 4, 6])
 def test_the_first_and_the_last_layer_stay(drop):
     with pytest.raises(ValueError, match=f"--drop {drop} of 5 layers, .*choose 1 to 3"):
-        spread(5, drop)
+        evenly_spread(5, drop)
 
 
 SIZES = {

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from arithmetic import quiet
 from datasets import Dataset
-from drop_layers import drop_layers, require_same, spread
+from drop_layers import drop_layers, evenly_spread, require_same
 from generations import score_generation, write_generations
 from metrics import read_run
 from progress import end_with_trainers, train
@@ -121,7 +121,7 @@ def make_student(model_path: str, drop: int, path: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
     layers = model.config.get_text_config().num_hidden_layers
-    dropped = spread(layers, drop)
+    dropped = evenly_spread(layers, drop)
     before = model.num_parameters()
     drop_layers(model, dropped)
     partial = path.with_name(f".{path.name}.partial")
