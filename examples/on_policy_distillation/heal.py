@@ -26,7 +26,6 @@ negative log-likelihood of other passages of it, which is not what is trained on
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -38,13 +37,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import quickstart
 import torch
 from arithmetic import quiet
 from datasets import Dataset
 from drop_layers import drop_layers, evenly_spread, require_same
 from generations import score_generation, write_generations
 from metrics import read_run
-from progress import end_with_trainers, train
+from progress import end_with_trainers, overrides_of, train
 from summary import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -174,23 +174,10 @@ def prepare(out: Path, model: str, drop: int, text: str | None) -> dict[str, Any
     return record
 
 
-def machine() -> tuple[list[str], dict[str, str]]:
-    """What depends on the machine, and only that: Hydra overrides, and the environment of the trainer."""
-    if not torch.cuda.is_available():
-        name, environment = "cpu", {"VERL_PLATFORM": "cpu"}
-    elif importlib.util.find_spec("vllm"):
-        name, environment = "gpu", {}
-    else:
-        modules = "verl_on_policy_distillation,verl.plugin.cpu"  # the second for its rollout
-        name, environment = "gpu_without_vllm", {"VERL_USE_EXTERNAL_MODULES": modules}
-    lines = (HERE / f"{name}_overrides.txt").read_text().splitlines()
-    return [line for line in lines if line and line[0] not in "# "], environment
-
-
-def trainer_command(out: Path, model: str, steps: int, template: str, overrides: list[str]) -> list[str]:
+def trainer_command(out: Path, model: str, steps: int, template: str, machine: str, overrides: list[str]) -> list[str]:
     return [
         *(sys.executable, "-m", "verl.trainer.main_on_policy_distillation"),
-        *machine()[0],
+        *overrides_of(machine),
         f"{ACTOR}.policy_loss.loss_mode=on_policy_distillation",
         f"{ACTOR}.policy_loss.distillation_type=reverse_kl",
         f"teacher.model.path={model}",
@@ -305,8 +292,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     path = out / "results.json"
     if not path.exists():
         template = plain_template(AutoTokenizer.from_pretrained(model))
-        command = trainer_command(out, model, arguments.steps, template, arguments.rest)
-        train(out, arguments.steps, command, machine()[1])
+        machine = quickstart.this_machine()
+        command = trainer_command(out, model, arguments.steps, template, machine, arguments.rest)
+        train(out, arguments.steps, command, quickstart.MACHINES[machine])
         path.write_text(json.dumps(results_of(out, record), indent=2) + "\n")
     results = json.loads(path.read_text())
     if not (out / "report.html").exists():
