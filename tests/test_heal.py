@@ -162,6 +162,17 @@ def test_a_text_that_is_too_short_is_refused(tmp_path):
         prepare(tmp_path, model, 3, str(tmp_path / "text"))
 
 
+def test_prompts_that_are_too_long_when_read_again_do_not_count(tmp_path, monkeypatch):
+    model = tiny_model(tmp_path / "model", layers=LAYERS)
+    # A token is a byte, and cuts the first passage within a letter; what stands for the half has a token more.
+    texts = ["\N{EURO SIGN}" * 700, *(f"{number} " + "word " * 200 for number in range(63))]
+    (tmp_path / "text").write_text("\n\n".join(texts))
+    monkeypatch.setattr(heal, "MAX_PROMPT_TOKENS", heal.PROMPT_TOKENS)
+    with pytest.raises(ValueError, match="31 passages to learn from .* 32 tokens .*, and 32 are needed: .*--text"):
+        prepare(tmp_path, model, 3, str(tmp_path / "text"))
+    assert not (tmp_path / "student").exists()
+
+
 @pytest.mark.parametrize("begins", [False, True])
 def test_the_template_reads_a_prompt_as_the_tokenizer_reads_a_text(begins):
     tokenizer = build_tokenizer()

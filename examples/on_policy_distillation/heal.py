@@ -83,16 +83,25 @@ def passages(text: str) -> list[str]:
     return found
 
 
+def require_enough(count: int, needed: int, what: str) -> None:
+    if count < needed:
+        raise ValueError(f"the text has {count} {what}, and {needed} are needed: give a longer one with --text")
+
+
 def split(found: list[str]) -> tuple[list[str], list[str]]:
     """Passages to begin from, and held-out ones, which are spread over the text."""
-    if len(found) < HELD_OUT + PROMPTS:
-        raise ValueError(
-            f"the text has {len(found)} passages of {PASSAGE} characters, and {HELD_OUT + PROMPTS} are needed: give a "
-            "longer one with --text"
-        )
+    require_enough(len(found), HELD_OUT + PROMPTS, f"passages of {PASSAGE} characters")
     every = len(found) // HELD_OUT
     held_out = found[every - 1 :: every][:HELD_OUT]
     return [passage for passage in found if passage not in held_out], held_out
+
+
+def prompts(found: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Their beginnings: enough for a step at least, as VERL fills its batches."""
+    texts = beginnings(found, tokenizer)
+    what = f"passages to learn from whose beginning has at most {MAX_PROMPT_TOKENS} tokens when read again"
+    require_enough(len(texts), PROMPTS, what)
+    return texts
 
 
 def beginnings(found: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -161,9 +170,9 @@ def prepare(out: Path, model: str, drop: int, text: str | None) -> dict[str, Any
         if record["settings"] != settings:
             raise ValueError(f"{out} was made with {record['settings']}, not {settings}: choose another folder")
         return record
-    prompts, held_out = split(passages(Path(text).read_text() if text else python_reference()))
+    learnt, held_out = split(passages(Path(text).read_text() if text else python_reference()))
+    texts = prompts(learnt, AutoTokenizer.from_pretrained(model))
     made = make_student(model, drop, out / "student")
-    texts = beginnings(prompts, AutoTokenizer.from_pretrained(model))
     rows = [{"data_source": DATA_SOURCE, "prompt": [{"role": "user", "content": text}]} for text in texts]
     Dataset.from_list(rows).to_parquet(str(out / "train.parquet"))
     record = {"settings": settings, **made, "held_out": held_out}
@@ -234,13 +243,13 @@ def results_of(out: Path, record: dict[str, Any]) -> dict[str, Any]:
 def write_report(out: Path, model: str, record: dict[str, Any], student: Path) -> None:
     """The curves, and how both students go on from held-out passages, with the KL of each token."""
     teacher, tokenizer = load(model), AutoTokenizer.from_pretrained(model)
-    prompts = beginnings(record["held_out"][:SHOWN], tokenizer)
+    shown = beginnings(record["held_out"][:SHOWN], tokenizer)
     dumps = []
     for name, path in (("before", out / "student"), ("after", student)):
         model_of_name = load(path)
         file = out / "generations" / f"{name}.jsonl"
         write_generations(
-            file, [score_generation(prompt, model_of_name, teacher, tokenizer, RESPONSE_TOKENS) for prompt in prompts]
+            file, [score_generation(prompt, model_of_name, teacher, tokenizer, RESPONSE_TOKENS) for prompt in shown]
         )
         dumps.append(f"{name}={file}")
     command = [sys.executable, str(HERE / "report.py"), "--out", str(out / "report.html"), str(out)]
