@@ -15,6 +15,8 @@
 
 import json
 import math
+import shutil
+import subprocess
 import sys
 
 import heal
@@ -218,6 +220,38 @@ def test_steps_are_given_in_one_way_and_there_is_one_at_least(line, error, capsy
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the run
+
+
+@pytest.fixture
+def shell_script(tmp_path):
+    """heal.sh with a bootstrap.sh that says that it was there, and fails."""
+    script, bootstrap = tmp_path / "examples" / "heal" / "heal.sh", tmp_path / "scripts" / "bootstrap.sh"
+    for path in (script, bootstrap):
+        path.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "examples" / "on_policy_distillation" / "heal.sh", script)
+    bootstrap.write_text("#!/bin/sh\necho bootstrap; exit 3\n")
+    bootstrap.chmod(0o755)
+    return lambda line: subprocess.run([str(script), *line.split()], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("line", ["-h", "--help", "M F --help"])
+def test_help_needs_no_installation(shell_script, line):
+    done = shell_script(line)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *others = done.stdout.splitlines()
+    assert first.startswith("Drops a few layers") and others[-1].endswith("the rest is heal.py.")
+    assert f"(default: {heal.DROP})" in done.stdout and f"(default: {heal.STEPS})" in done.stdout
+
+
+@pytest.mark.parametrize("line", ["", "--drop 2 M", "-x"])
+def test_without_a_model_nothing_is_installed(shell_script, line):
+    done = shell_script(line)
+    assert (done.returncode, done.stdout) == (2, "") and "MODEL comes first" in done.stderr
+
+
+def test_with_a_model_what_it_needs_is_installed(shell_script):
+    done = shell_script("M --drop 2")
+    assert (done.returncode, done.stdout) == (3, "bootstrap\n")
 
 
 @torch.no_grad()
