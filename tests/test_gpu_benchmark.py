@@ -21,11 +21,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from metrics import next_metric_file
 
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
@@ -143,6 +145,39 @@ def test_a_wrong_gradient_is_not_right():
     assert not engine.compare(case, exact, exact)["is_right"]  # nothing was rounded
 
 
+def log_step(path, number, kl):
+    data = {"distillation/kl": kl, "timing_s/gen": 2.0, "actor/lr": 0.1}
+    with open(path, "a") as file:
+        file.write(json.dumps({"step": number, "data": data}) + "\n")
+
+
+def test_the_trainer_s_steps_are_recorded_while_it_runs_and_where_it_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "POLL_SECONDS", 0.01)
+    path, metrics = tmp_path / "trainer.json", next_metric_file(tmp_path)
+    step = record.Record(path, is_dry_run=True)
+    with pytest.raises(SystemExit, match="training failed"), trainer.recorded(step, tmp_path):
+        log_step(metrics, 1, kl=1.9)
+        deadline = time.monotonic() + 30
+        while not (rows := json.loads(path.read_text())["rows"]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert rows == [{"step": 1, "kl": 1.9, "phases": {"gen": 2.0}}]  # a kill would now leave it
+        log_step(metrics, 2, kl=0.6)
+        (tmp_path / "train.log").write_text("".join(f"line {number}\n" for number in range(50)))
+        sys.exit("training failed")
+    found = json.loads(path.read_text())
+    assert [(row["step"], row["kl"]) for row in found["rows"]] == [(1, 1.9), (2, 0.6)]
+    assert found["log_last_lines"] == [f"line {number}" for number in range(10, 50)]
+
+
+def test_a_kill_leaves_no_half_of_a_json(tmp_path):
+    path = tmp_path / "step.json"
+    step = record.Record(path, is_dry_run=True)
+    with open(path) as before:
+        step.add(number=1)
+        assert json.load(before) == {"rows": []}  # nothing is written into a file that was whole
+    assert json.loads(path.read_text()) == {"rows": [{"number": 1}]}
+
+
 @pytest.mark.parametrize("kls", [[1.9, 0.6, 0.3, None], [1.9, 0.6, 0.3], [0.3, 0.6, 0.3, 0.3]])
 def test_the_trainer_s_kl_has_to_be_there_and_to_fall(kls):
     trainer.require_falling([1.9, 0.6, 0.3, 0.4])
@@ -209,15 +244,18 @@ def script(folder: Path, name: str, body: str) -> Path:
 
 def test_a_step_that_does_not_end_well_is_recorded_and_stops_no_other(tmp_path):
     bodies = {
-        "fails": "json.dump({'rows': [1]}, open(out, 'w')); print('before'); raise ValueError('why it failed')",
-        "hangs": "json.dump({'rows': [2]}, open(out, 'w')); print('so far', flush=True); time.sleep(600)",
+        "fails": "json.dump({'rows': [1]}, open(out, 'w')); print('log\\n' * 40); raise ValueError('why it failed')",
+        "hangs": "json.dump({'rows': [2], 'log_last_lines': ['here']}, open(out, 'w')); print('so far', flush=True)\n"
+        "time.sleep(600)",
         "skips": "json.dump({'rows': [], 'skipped': 'no VERL'}, open(out, 'w'))",
-        "works": "json.dump({'rows': [3]}, open(out, 'w'))",
+        "works": "json.dump({'rows': [3], 'log_last_lines': ['all is well']}, open(out, 'w'))",
     }
     all_steps = [steps.Step(name, script(tmp_path, name, body), 3.0) for name, body in bodies.items()]
     assert not steps.run(all_steps, tmp_path / "out", is_dry_run=True)
     found = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in bodies}
     assert [found[name]["status"] for name in bodies] == ["failed", "timeout", "skipped", "ok"]
     assert "ValueError: why it failed" in found["fails"]["last_lines"][-1]
-    assert found["hangs"]["last_lines"] == ["so far"]
+    assert found["fails"]["last_lines"].count("log") == 40  # as many as progress.py shows
+    assert found["hangs"]["last_lines"] == ["so far"] and found["hangs"]["log_last_lines"] == ["here"]
+    assert "log_last_lines" not in found["works"]
     assert [found[name]["rows"] for name in bodies] == [[1], [2], [], [3]]  # what there was stays
