@@ -32,6 +32,7 @@ from verl.on_policy_distillation import divergence, roofline
 from verl.on_policy_distillation.roofline import Accelerator, Chunking, head_cost
 
 COPIED = 1 << 27  # bytes; more than a cache holds
+roofline.TILE = 1  # a processor's products take no whole tiles of rows
 
 
 def seconds(call):

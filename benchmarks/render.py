@@ -409,13 +409,15 @@ def gpu_engine(step: dict) -> str:
     rows = []
     for row in step["rows"]:
         if "error" in row:
-            rows.append([row["case"], row["error"], *["—"] * 4])
+            rows.append([row["case"], row["error"], *["—"] * 5])
         elif "against" in row:
             cells = [f"{row[name]:.1e}" for name in ("loss_error", "gradient_error", "bound")]
-            cells += [number(row[name]) for name in ("after_start_mb", "after_update_mb")]
+            cells += [number(row[name]) for name in ("after_start_mb", "after_update_mb", "peak_mb")]
             rows.append([f"{row['case']}{'' if row['is_right'] else ' (wrong)'}", *cells])
-    header = ["case", "error of the loss", "of the gradients", "bound", "after the start, MB", "after the update, MB"]
-    what = "VERL's engine without Ray, head against whole logits, those in bfloat16 against float32:"
+    header = ["case", "error of the loss", "of the gradients", "bound"]
+    header += ["after the start, MB", "after the update, MB", "the update's peak, MB"]
+    what = "VERL's engine without Ray, head against whole logits, those in bfloat16 against float32; memory beyond "
+    what += "what was taken when the case began:"
     return f"{what}\n\n{table(header, rows)}"
 
 

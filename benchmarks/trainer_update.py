@@ -187,8 +187,8 @@ def top_of_a_teacher(input_ids: torch.Tensor, args: argparse.Namespace) -> dict[
 
 
 def resident_bytes(device: str) -> int:
-    """Of this process; on CUDA what it keeps from others there, used or not."""
-    return torch.cuda.memory_reserved() if device == "cuda" else resident("VmRSS")
+    """Of this process; on CUDA what its tensors take, without what torch keeps there of freed ones."""
+    return torch.cuda.memory_allocated() if device == "cuda" else resident("VmRSS")
 
 
 class Step:

@@ -98,11 +98,13 @@ def local_batch(batch, rank, world_size):
 
 
 def full_gradients(module):
+    """Copies, on the processor: they outlive the update, and a device's memory is measured without them."""
     gradients = {}
     for name, parameter in module.named_parameters():
         gradient = parameter.grad
         if gradient is not None:
-            gradients[name] = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
+            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            gradients[name] = whole.to("cpu", copy=True)
     return gradients
 
 

@@ -19,13 +19,17 @@ of the step `trainer` it composes the configuration.
 
 import json
 import os
+import resource
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from metrics import next_metric_file
 
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
@@ -34,6 +38,9 @@ import record  # noqa: E402
 import render  # noqa: E402
 import steps  # noqa: E402
 import trainer  # noqa: E402
+import trainer_update  # noqa: E402
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +89,10 @@ def test_the_rows_say_what_was_measured(dry_run):
     for name, row in compared.items():
         assert row["against"] == "dense_tied" and row["is_right"], row
         assert "bfloat16" in name or row["gradient_error"] < 1e-5  # a processor's bound, not a device's
-    assert all(row["after_start_mb"] > 0 and row["gradient_norm"] > 0 for row in found["engine"]["rows"])
+    assert all(row["gradient_norm"] > 0 for row in found["engine"]["rows"])
+    first, *others = found["engine"]["rows"]
+    assert 0 < first["after_start_mb"] <= first["peak_mb"]  # a processor's later cases take what earlier ones left
+    assert all({"after_start_mb", "after_update_mb", "peak_mb"} <= row.keys() for row in others)
     composed = {row["machine"]: row for row in found["trainer"]["rows"]}
     assert {name: row["rollout"] for name, row in composed.items()} == {
         "cpu": "hf",
@@ -143,6 +153,96 @@ def test_a_wrong_gradient_is_not_right():
     assert not engine.compare(case, exact, exact)["is_right"]  # nothing was rounded
 
 
+@pytest.fixture
+def memory_limit():
+    """A meter on a processor limits its process, which here goes on."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_case_s_memory_is_what_it_adds(device, memory_limit):
+    def megabytes(count):
+        return torch.ones(count * 10**6, dtype=torch.uint8, device=device)
+
+    before = megabytes(100)  # of another case
+    result, found = engine.metered(lambda: megabytes(64), lambda started: len(started) + len(megabytes(128)), device)
+    assert result == (64 + 128) * 10**6 and len(before) == 100 * 10**6
+    expected = {"after_start_mb": 64, "after_update_mb": 64, "peak_mb": 64 + 128}
+    assert found == pytest.approx(expected, abs=8)  # a process has other pages too
+
+
+def test_memory_on_cuda_is_without_what_torch_keeps_of_freed_tensors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 5)
+    assert trainer_update.resident_bytes("cuda") == 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_are_compared_on_the_processor(device):
+    from engine_process import full_gradients
+
+    module = torch.nn.Linear(2, 1, bias=False, device=device)
+    module(torch.tensor([[1.0, -2.0]], device=device)).sum().backward()
+    gradient = full_gradients(module)["weight"]
+    module.weight.grad.zero_()
+    assert gradient.device.type == "cpu" and gradient.tolist() == [[1.0, -2.0]]
+
+
+def test_only_what_another_case_is_compared_with_is_kept(tmp_path, monkeypatch):
+    alive, seen = weakref.WeakValueDictionary(), []
+
+    def updated(case, batch, device):
+        seen.append(set(alive))
+        alive[case.name] = gradient = torch.ones(1)
+        return {"gradients": {"weight": gradient}}, {"loss": 1.0}
+
+    def compare(case, result, reference):
+        assert reference["gradients"]["weight"] is alive[case.reference]
+        return {"is_right": True}
+
+    monkeypatch.setattr(engine, "updated", updated)
+    monkeypatch.setattr(engine, "compare", compare)
+    step = record.Record(tmp_path / "engine.json", is_dry_run=True)
+    engine.measure(step, engine.cases({name: [] for name in ("a", "dense_a", "b", "dense_b")}, "cpu"), [])
+    assert len(seen) == 8 and seen[2:] == [{"dense_a", "dense_b"}] * 6
+    assert [row.get("is_right") for row in step.facts["rows"]] == [None] * 2 + [True] * 6
+
+
+def log_step(path, number, kl):
+    data = {"distillation/kl": kl, "timing_s/gen": 2.0, "actor/lr": 0.1}
+    with open(path, "a") as file:
+        file.write(json.dumps({"step": number, "data": data}) + "\n")
+
+
+def test_the_trainer_s_steps_are_recorded_while_it_runs_and_where_it_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "POLL_SECONDS", 0.01)
+    path, metrics = tmp_path / "trainer.json", next_metric_file(tmp_path)
+    step = record.Record(path, is_dry_run=True)
+    with pytest.raises(SystemExit, match="training failed"), trainer.recorded(step, tmp_path):
+        log_step(metrics, 1, kl=1.9)
+        deadline = time.monotonic() + 30
+        while not (rows := json.loads(path.read_text())["rows"]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert rows == [{"step": 1, "kl": 1.9, "phases": {"gen": 2.0}}]  # a kill would now leave it
+        log_step(metrics, 2, kl=0.6)
+        (tmp_path / "train.log").write_text("".join(f"line {number}\n" for number in range(50)))
+        sys.exit("training failed")
+    found = json.loads(path.read_text())
+    assert [(row["step"], row["kl"]) for row in found["rows"]] == [(1, 1.9), (2, 0.6)]
+    assert found["log_last_lines"] == [f"line {number}" for number in range(10, 50)]
+
+
+def test_a_kill_leaves_no_half_of_a_json(tmp_path):
+    path = tmp_path / "step.json"
+    step = record.Record(path, is_dry_run=True)
+    with open(path) as before:
+        step.add(number=1)
+        assert json.load(before) == {"rows": []}  # nothing is written into a file that was whole
+    assert json.loads(path.read_text()) == {"rows": [{"number": 1}]}
+
+
 @pytest.mark.parametrize("kls", [[1.9, 0.6, 0.3, None], [1.9, 0.6, 0.3], [0.3, 0.6, 0.3, 0.3]])
 def test_the_trainer_s_kl_has_to_be_there_and_to_fall(kls):
     trainer.require_falling([1.9, 0.6, 0.3, 0.4])
@@ -175,7 +275,7 @@ def test_a_step_that_failed_is_shown_with_its_last_line(dry_run, tmp_path):
 
 
 def test_what_engine_and_trainer_measured_is_shown():
-    memory = {"after_start_mb": 12.0, "after_update_mb": 34.0}
+    memory = {"after_start_mb": 12.0, "after_update_mb": 34.0, "peak_mb": 56.0}
     errors = {"against": "dense_tied", "loss_error": 1e-6, "gradient_error": 2e-3, "bound": 1e-4}
     rows = [
         {"case": "dense_tied", **memory},
@@ -183,7 +283,7 @@ def test_what_engine_and_trainer_measured_is_shown():
         {"case": "fsdp1", "error": "RuntimeError: no broadcast", "is_right": False},
     ]
     text = render.gpu_engine({"rows": rows})
-    assert "| tied (wrong) | 1.0e-06 | 2.0e-03 | 1.0e-04 | 12 | 34 |" in text
+    assert "| tied (wrong) | 1.0e-06 | 2.0e-03 | 1.0e-04 | 12 | 34 | 56 |" in text
     assert "| fsdp1 | RuntimeError: no broadcast |" in text and "| dense_tied |" not in text
     rows = [
         {"step": 1, "kl": 1.9, "phases": {"gen": 2.0}},
@@ -209,15 +309,18 @@ def script(folder: Path, name: str, body: str) -> Path:
 
 def test_a_step_that_does_not_end_well_is_recorded_and_stops_no_other(tmp_path):
     bodies = {
-        "fails": "json.dump({'rows': [1]}, open(out, 'w')); print('before'); raise ValueError('why it failed')",
-        "hangs": "json.dump({'rows': [2]}, open(out, 'w')); print('so far', flush=True); time.sleep(600)",
+        "fails": "json.dump({'rows': [1]}, open(out, 'w')); print('log\\n' * 40); raise ValueError('why it failed')",
+        "hangs": "json.dump({'rows': [2], 'log_last_lines': ['here']}, open(out, 'w')); print('so far', flush=True)\n"
+        "time.sleep(600)",
         "skips": "json.dump({'rows': [], 'skipped': 'no VERL'}, open(out, 'w'))",
-        "works": "json.dump({'rows': [3]}, open(out, 'w'))",
+        "works": "json.dump({'rows': [3], 'log_last_lines': ['all is well']}, open(out, 'w'))",
     }
     all_steps = [steps.Step(name, script(tmp_path, name, body), 3.0) for name, body in bodies.items()]
     assert not steps.run(all_steps, tmp_path / "out", is_dry_run=True)
     found = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in bodies}
     assert [found[name]["status"] for name in bodies] == ["failed", "timeout", "skipped", "ok"]
     assert "ValueError: why it failed" in found["fails"]["last_lines"][-1]
-    assert found["hangs"]["last_lines"] == ["so far"]
+    assert found["fails"]["last_lines"].count("log") == 40  # as many as progress.py shows
+    assert found["hangs"]["last_lines"] == ["so far"] and found["hangs"]["log_last_lines"] == ["here"]
+    assert "log_last_lines" not in found["works"]
     assert [found[name]["rows"] for name in bodies] == [[1], [2], [], [3]]  # what there was stays

@@ -15,6 +15,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ import pytest
 import torch
 from arithmetic import build_tokenizer, save_checkpoint, tiny_model
 from conftest import ROOT
-from drop_layers import drop_layers, require_same, spread
+from drop_layers import drop_layers, evenly_spread, require_same
 from heal import negative_log_likelihood, parse, passages, plain_template, prepare, python_reference, split
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from metrics import read_run
@@ -44,10 +45,10 @@ LAYERS, DROPPED = 5, [1, 3]
 
 
 def test_dropped_layers_are_evenly_spread_between_the_first_and_the_last():
-    assert spread(28, 3) == [7, 14, 21]
+    assert evenly_spread(28, 3) == [7, 14, 21]
     for layers in range(3, 41):
         for drop in range(1, layers - 1):
-            dropped = spread(layers, drop)
+            dropped = evenly_spread(layers, drop)
             assert len(set(dropped)) == drop and 0 < min(dropped) and max(dropped) < layers - 1
             gaps = [b - a for a, b in zip([0, *dropped], [*dropped, layers], strict=True)]
             assert max(gaps) - min(gaps) <= 1
@@ -56,7 +57,7 @@ def test_dropped_layers_are_evenly_spread_between_the_first_and_the_last():
 @pytest.mark.parametrize("drop", [0, 4, 6])
 def test_the_first_and_the_last_layer_stay(drop):
     with pytest.raises(ValueError, match=f"--drop {drop} of 5 layers, .*choose 1 to 3"):
-        spread(5, drop)
+        evenly_spread(5, drop)
 
 
 SIZES = {
@@ -162,6 +163,17 @@ def test_a_text_that_is_too_short_is_refused(tmp_path):
         prepare(tmp_path, model, 3, str(tmp_path / "text"))
 
 
+def test_prompts_that_are_too_long_when_read_again_do_not_count(tmp_path, monkeypatch):
+    model = tiny_model(tmp_path / "model", layers=LAYERS)
+    # A token is a byte, and cuts the first passage within a letter; what stands for the half has a token more.
+    texts = ["\N{EURO SIGN}" * 700, *(f"{number} " + "word " * 200 for number in range(63))]
+    (tmp_path / "text").write_text("\n\n".join(texts))
+    monkeypatch.setattr(heal, "MAX_PROMPT_TOKENS", heal.PROMPT_TOKENS)
+    with pytest.raises(ValueError, match="31 passages to learn from .* 32 tokens .*, and 32 are needed: .*--text"):
+        prepare(tmp_path, model, 3, str(tmp_path / "text"))
+    assert not (tmp_path / "student").exists()
+
+
 @pytest.mark.parametrize("begins", [False, True])
 def test_the_template_reads_a_prompt_as_the_tokenizer_reads_a_text(begins):
     tokenizer = build_tokenizer()
@@ -191,8 +203,55 @@ def test_arguments_may_come_in_any_order(tmp_path):
         parse([str(tmp_path / "missing")])
 
 
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("M trainer.total_training_steps=20", "trainer.total_training_steps=20: give the number of steps with --steps"),
+        ("M F a=1 ++trainer.total_training_steps=20", "give the number of steps with --steps"),
+        ("M --steps 0", "--steps: 0: give a whole number above 0"),
+        ("M --steps=-3", "--steps: -3: give a whole number above 0"),
+    ],
+)
+def test_steps_are_given_in_one_way_and_there_is_one_at_least(line, error, capsys):
+    with pytest.raises(SystemExit):
+        parse(line.split())
+    assert error in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the run
+
+
+@pytest.fixture
+def shell_script(tmp_path):
+    """heal.sh with a bootstrap.sh that says that it was there, and fails."""
+    script, bootstrap = tmp_path / "examples" / "heal" / "heal.sh", tmp_path / "scripts" / "bootstrap.sh"
+    for path in (script, bootstrap):
+        path.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "examples" / "on_policy_distillation" / "heal.sh", script)
+    bootstrap.write_text("#!/bin/sh\necho bootstrap; exit 3\n")
+    bootstrap.chmod(0o755)
+    return lambda line: subprocess.run([str(script), *line.split()], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("line", ["-h", "--help", "M F --help"])
+def test_help_needs_no_installation(shell_script, line):
+    done = shell_script(line)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *others = done.stdout.splitlines()
+    assert first.startswith("Drops a few layers") and others[-1].endswith("the rest is heal.py.")
+    assert f"(default: {heal.DROP})" in done.stdout and f"(default: {heal.STEPS})" in done.stdout
+
+
+@pytest.mark.parametrize("line", ["", "--drop 2 M", "-x"])
+def test_without_a_model_nothing_is_installed(shell_script, line):
+    done = shell_script(line)
+    assert (done.returncode, done.stdout) == (2, "") and "MODEL comes first" in done.stderr
+
+
+def test_with_a_model_what_it_needs_is_installed(shell_script):
+    done = shell_script("M --drop 2")
+    assert (done.returncode, done.stdout) == (3, "bootstrap\n")
 
 
 @torch.no_grad()
@@ -211,6 +270,21 @@ def test_the_negative_log_likelihood_is_a_mean_over_tokens(tmp_path):
     path = tiny_model(tmp_path / "model", seed=3)
     texts = ["a", "short", "and a longer one, of more tokens"]
     assert negative_log_likelihood(path, texts) == pytest.approx(direct_nll(path, texts), rel=1e-5)
+
+
+def test_a_training_that_ended_before_its_last_step_is_an_error(tmp_path, monkeypatch):
+    """As VERL ends it, without an error, where the epochs are at an end or a folder has had more steps."""
+
+    def train(folder, steps, command, environment):
+        (said,) = [argument for argument in command if argument.startswith("trainer.total_epochs=")]
+        assert steps == 40 and int(said.partition("=")[2]) >= steps  # as an epoch may be of one step
+        (folder / "checkpoints" / "global_step_30" / "actor" / "huggingface").mkdir(parents=True)
+
+    monkeypatch.setattr(heal, "train", train)
+    model = tiny_model(tmp_path / "model", layers=LAYERS)
+    with pytest.raises(ValueError, match="ended without .*global_step_40.*--steps"):
+        heal.run(parse([model, str(tmp_path / "out"), "--steps", "40"]))
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def language_model(path, seed=0):
@@ -242,14 +316,16 @@ def language_model(path, seed=0):
     return path
 
 
-def test_the_whole_script_heals(tmp_path):
+def test_the_whole_script_heals(tmp_path, monkeypatch, capsys):
     model, out = language_model(tmp_path / "model"), tmp_path / "out"
-    command = [sys.executable, str(ROOT / "examples" / "on_policy_distillation" / "heal.py"), str(model), str(out)]
     rate = "actor_rollout_ref.actor.optim.lr=2e-3"
-    done = subprocess.run([*command, "--steps", "2", rate], capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    # In this process, which has imported what the script needs. The signals are pytest's.
+    monkeypatch.setattr(heal, "end_with_trainers", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["heal.py", str(model), str(out), "--steps", "2", rate])
+    heal.main()
+    printed = capsys.readouterr().out
     results, record = (json.loads((out / name).read_text()) for name in ("results.json", "heal.json"))
-    assert results["dropped"] == [1, 2, 3] and "without layers 1, 2, 3 (counted from 0)" in done.stdout
+    assert results["dropped"] == [1, 2, 3] and "without layers 1, 2, 3 (counted from 0)" in printed
     assert [row["step"] for row in results["steps"]] == [1, 2]
     assert [row["kl"] for row in results["steps"]] == [step["distillation/kl"] for step in read_run(out).values()]
 
@@ -259,12 +335,13 @@ def test_the_whole_script_heals(tmp_path):
         nll = direct_nll(path, record["held_out"])
         assert held_out[name]["nll"] == pytest.approx(nll, rel=1e-4)
         assert held_out[name]["perplexity"] == pytest.approx(math.exp(nll), rel=1e-3)
-        assert f"{held_out[name]['nll']:.3f}" in done.stdout
+        assert f"{held_out[name]['nll']:.3f}" in printed
     before, after, teacher = (held_out[name]["nll"] for name in ("student before", "student after", "teacher"))
     assert teacher < before and after < (before + teacher) / 2
     assert "after" in (out / "report.html").read_text()
 
-    arguments = parse([str(model), str(out)])
-    assert heal.run(arguments) == results  # shown, not done again
-    with pytest.raises(ValueError, match="choose another folder"):
-        heal.run(parse([str(model), str(out), "--drop", "2"]))
+    for said in ([], ["--steps", "2", rate], ["--drop", "3"]):
+        assert heal.run(parse([str(model), str(out), *said])) == results  # shown, not done again
+    for said in (["--drop", "2"], ["--steps", "8"], [rate, "data.seed=1"], ["--text", str(model / "config.json")]):
+        with pytest.raises(ValueError, match="choose another folder"):
+            heal.run(parse([str(model), str(out), *said]))

@@ -17,6 +17,7 @@ import sys
 
 import pytest
 import quickstart
+from arithmetic import problems
 from progress import overrides_of
 
 
@@ -38,6 +39,12 @@ def test_the_steps_are_those_that_the_trainer_reads_last(tmp_path):
     assert quickstart.steps_of([*said, "trainer.total_training_steps=4", "++trainer.total_training_steps=7"]) == 7
     with pytest.raises(SystemExit, match="total_training_steps=null: give the number"):
         quickstart.steps_of([*said, "trainer.total_training_steps=null"])
+
+
+def test_epochs_do_not_end_a_run_before_its_steps(tmp_path):
+    taught, _ = problems()
+    epochs = [line for line in quickstart.overrides(tmp_path, "cpu") if line.startswith("trainer.total_epochs=")]
+    assert len(taught) // 256 * int(epochs[0].partition("=")[2]) >= 10_000
 
 
 def test_a_run_is_followed_for_as_many_steps_as_it_was_told(tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ from conftest import ROOT, copy_unpatched_verl
 from datasets import Dataset
 from fork import make_fork
 from metrics import accuracy, metric_files, next_metric_file, read_metrics, read_run
+from progress import overrides_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLE = ROOT / "examples" / "on_policy_distillation"
@@ -100,14 +101,9 @@ INSTALLED = ("verl.trainer.main_on_policy_distillation", {})
 
 
 def trainer_command(files, folder, module, *overrides):
-    machine = [
-        line
-        for line in (EXAMPLE / "cpu_overrides.txt").read_text().splitlines()
-        if line.strip() and not line.startswith("#")
-    ]
     return [
         *(sys.executable, "-m", module),
-        *machine,
+        *overrides_of("cpu"),
         f"actor_rollout_ref.model.path={files}/student",
         f"teacher.model.path={files}/teacher",
         f"data.train_files={files}/train.parquet",

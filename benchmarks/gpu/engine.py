@@ -15,20 +15,23 @@
 
 What tests/test_engine.py does on a processor, with its cases and models: tied embeddings, LoRA, and FSDP1, which VERL
 runs on a device alone. Each in float32, head against whole logits, and in bfloat16 as it is trained, both against whole
-logits in float32. A row also has the memory after the teacher's start and after an update. A dry run compares two
-cases.
+logits in float32. A row also has memory beyond what was taken when the case began: after the teacher's start, after an
+update with its optimizer's step, and at that update's peak. What is compared is kept on the processor. A dry run
+compares two cases.
 """
 
 import gc
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import record
 import torch
+from linear_divergence import meter
 from trainer_update import BFLOAT16, resident_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +41,8 @@ SAME = 1e-4
 # a rounding by 2^-9 of hidden states and weights is one of some percent of a probability where logits are 20. On a
 # processor all of these cases were within 2.8e-2.
 ROUNDED = 5e-2
+Started = TypeVar("Started")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -89,15 +94,30 @@ def updated(case: Case, batch: list[dict], device: str) -> tuple[dict, dict[str,
     """Loss, metrics and gradients; megabytes on the way, and the norm that the optimizer has found."""
     import engine_process
 
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    started = engine_process.start(case.overrides)
+    def update(started: engine_process.Started) -> tuple[dict, float]:
+        result = engine_process.update(started, batch, rank=0, world_size=1)
+        return result, float(started.actor.actor.engine.optimizer_step())
+
+    (result, norm), megabytes = metered(lambda: engine_process.start(case.overrides), update, device)
+    return result, megabytes | {"loss": float(result["loss"]), "gradient_norm": norm}
+
+
+def metered(
+    start: Callable[[], Started], update: Callable[[Started], Result], device: str
+) -> tuple[Result, dict[str, float]]:
+    """What `update` makes of what `start` has made; megabytes beyond those before `start`."""
+    gc.collect()  # of the case before: its models have cycles
+    with meter(device) as starting:
+        started = start()
     after_start = resident_bytes(device)
-    result = engine_process.update(started, batch, rank=0, world_size=1)
-    norm = float(started.actor.actor.engine.optimizer_step())
-    facts = {"after_start_mb": after_start / 1e6, "after_update_mb": resident_bytes(device) / 1e6}
-    return result, facts | {"loss": float(result["loss"]), "gradient_norm": norm}
+    with meter(device) as updating:
+        result = update(started)
+    found = {
+        "after_start_mb": after_start,
+        "after_update_mb": resident_bytes(device),
+        "peak_mb": updating.before + updating.peak,
+    }
+    return result, {name: (size - starting.before) / 1e6 for name, size in found.items()}
 
 
 def errors(result: dict, reference: dict) -> dict[str, float]:
@@ -123,6 +143,26 @@ def compare(case: Case, result: dict, reference: dict) -> dict[str, Any]:
         return row | {"is_right": False, "problem": str(problem)[:200]}
 
 
+def measure(step: record.Record, chosen: Sequence[Case], batch: list[dict]) -> None:
+    """A row for each case."""
+    references: dict[str, dict] = {}
+    for case in chosen:
+        try:
+            facts = facts_of(case, batch, step.device, references)
+        except Exception as error:  # one case alone, as far as the device allows it
+            facts = {"error": f"{type(error).__name__}: {str(error)[:200]}", "is_right": False}
+        step.add(case=case.name, **facts)
+
+
+def facts_of(case: Case, batch: list[dict], device: str, references: dict[str, dict]) -> dict[str, Any]:
+    """Compares with one of the `references`, or adds to them: no other result is kept."""
+    result, facts = updated(case, batch, device)
+    if case.reference is None:
+        references[case.name] = result
+        return facts
+    return facts | compare(case, result, references[case.reference])
+
+
 def main() -> None:
     step = record.of_arguments(__doc__)
     step.require_verl()
@@ -131,21 +171,10 @@ def main() -> None:
     import test_engine as tests
 
     one_process()
-    batch = tests.make_batch()
-    results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
         all_cases = cases(tables(Path(folder)), step.device)
         few = [case for case in all_cases if case.name in ("dense_tied", "tied", "tied, bfloat16")]
-        for case in step.choose(all_cases, few):
-            try:
-                result, facts = updated(case, batch, step.device)
-                if case.reference is not None:
-                    facts |= compare(case, result, results[case.reference])
-            except Exception as error:  # one case alone, as far as the device allows it
-                step.add(case=case.name, error=f"{type(error).__name__}: {str(error)[:200]}", is_right=False)
-                continue
-            results[case.name] = result
-            step.add(case=case.name, **facts)
+        measure(step, step.choose(all_cases, few), tests.make_batch())
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     step.require_all("is_right")

@@ -31,7 +31,10 @@ VERL_NEEDED = "VERL is not installed: pip install 'verl[verl-core]>=0.9,<0.10'"
 
 
 class Record:
-    """The JSON of a step. It is written anew with every row, so that a step that is cut short leaves what it has."""
+    """The JSON of a step. It is written anew with every row, so that a step that is cut short leaves what it has.
+
+    A step that is killed while it writes leaves what was there before: the file is replaced whole.
+    """
 
     def __init__(self, path: Path, is_dry_run: bool):
         self._path, self.is_dry_run = path, is_dry_run
@@ -53,7 +56,9 @@ class Record:
         self._write()
 
     def _write(self) -> None:
-        self._path.write_text(json.dumps(self.facts, indent=1) + "\n")
+        part = self._path.with_name(f".{self._path.name}.part")
+        part.write_text(json.dumps(self.facts, indent=1) + "\n")
+        part.replace(self._path)
 
     def require_verl(self) -> None:
         """Ends the process without VERL, whose folder `verl` may still be there: this repository's. Imports nothing."""

@@ -16,9 +16,10 @@
     benchmarks/gpu/run.sh [--steps NAME ...] [--out FOLDER] [--dry-run]
 
 Each step leaves OUT/NAME.json: the machine, "status" (ok, failed, timeout, skipped), "seconds", "rows" as far as it
-came, and of a failure the last lines of what it printed. The next step goes on whatever happened. The first four need
-torch and Triton alone, the others VERL. `--dry-run` runs everything at small sizes on a processor, several at a time,
-and of the trainer its configuration: it shows that a step works, and its numbers mean nothing.
+came, and where it did not end well the last lines of what it printed, and of its trainer's log. The next step goes on
+whatever happened. The first four need torch and Triton alone, the others VERL. `--dry-run` runs everything at small
+sizes on a processor, several at a time, and of the trainer its configuration: it shows that a step works, and its
+numbers mean nothing.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
-TAIL_LINES = 25  # of the output of a step that failed
+TAIL_LINES = 60  # of the output of a step that failed; progress.py alone shows 40 of a trainer that failed
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,13 @@ def run_step(step: Step, out: Path, facts: dict, variables: dict[str, str], is_d
     status, output = call(command, step.limit, variables)
     seconds = round(time.perf_counter() - started, 1)
     found = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    log = found.pop("log_last_lines", None)
     if status == "ok" and "skipped" in found:
         status = "skipped"
     head = {"step": step.name, "status": status, "seconds": seconds, "limit_s": step.limit, "is_dry_run": is_dry_run}
     if status in ("failed", "timeout"):
         head["last_lines"] = output.splitlines()[-TAIL_LINES:]
+        head |= {"log_last_lines": log} if log else {}
     found = head | {"machine": facts} | found
     path.write_text(json.dumps(found, indent=1) + "\n")
     return found

@@ -14,7 +14,9 @@
 """VERL's trainer with Ray on the device: a few steps of the quickstart, whose KL has to be finite and to fall.
 
 Models, data and what is said to the trainer are those of examples/on_policy_distillation/quickstart.py; a row for each
-step has its KL and the seconds of its phases. The models are made on a processor, in about a minute.
+step has its KL and the seconds of its phases. It is there soon after the step, as are the last lines of the trainer's
+log: what is killed at its time limit writes nothing more, and its folder is a temporary one. The models are made on a
+processor, in about a minute.
 
 A dry run trains nothing. It composes the trainer's configuration for each machine that the quickstart knows, and has
 the checks of a start go over it.
@@ -23,7 +25,9 @@ the checks of a start go over it.
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import record
@@ -37,9 +41,11 @@ OVERRIDES = [  # training alone: the held-out problems and the checkpoints are t
     "trainer.save_freq=-1",
 ]
 SECONDS = "timing_s/"
+POLL_SECONDS = 1.0
+LOG_LINES = 40
 
 
-def compose(step: record.Record, folder: Path) -> None:
+def compose_only(step: record.Record, folder: Path) -> None:
     """A row for each machine."""
     import quickstart
     from arithmetic import tiny_model
@@ -63,13 +69,45 @@ def compose(step: record.Record, folder: Path) -> None:
 def train(step: record.Record, folder: Path) -> None:
     import arithmetic
     import quickstart
-    from metrics import read_run
 
     step.note(machine_overrides=quickstart.this_machine(), models=arithmetic.make(folder))
-    quickstart.run(folder, OVERRIDES)
+    with recorded(step, folder):
+        quickstart.run(folder, OVERRIDES)
+
+
+@contextmanager
+def recorded(step: record.Record, folder: Path) -> Iterator[None]:
+    """In the meantime `record_so_far` again and again, and once more at the end, however that comes."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        is_last = False
+        while not is_last:
+            is_last = ended.wait(POLL_SECONDS)  # asked first: what was logged before the end is then still read
+            record_so_far(step, folder)
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def record_so_far(step: record.Record, folder: Path) -> None:
+    """A row for each step that has none yet, and the last lines of the trainer's log."""
+    from metrics import read_run
+
+    log = folder / "train.log"
+    lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:] if log.exists() else []
+    if lines != step.facts.get("log_last_lines", []):
+        step.note(log_last_lines=lines)
+    recorded_steps = {row["step"] for row in step.facts["rows"]}
     for number, found in read_run(folder).items():
-        phases = {name.removeprefix(SECONDS): value for name, value in found.items() if name.startswith(SECONDS)}
-        step.add(step=number, kl=found.get("distillation/kl"), phases=phases)
+        if number not in recorded_steps:
+            phases = {name.removeprefix(SECONDS): value for name, value in found.items() if name.startswith(SECONDS)}
+            step.add(step=number, kl=found.get("distillation/kl"), phases=phases)
 
 
 def require_falling(kls: Sequence[float | None]) -> None:
@@ -85,7 +123,7 @@ def main() -> None:
     sys.path.insert(0, str(EXAMPLE))
     with tempfile.TemporaryDirectory() as name:
         if step.is_dry_run:
-            compose(step, Path(name))
+            compose_only(step, Path(name))
             return
         train(step, Path(name))
     require_falling([row["kl"] for row in step.facts["rows"]])

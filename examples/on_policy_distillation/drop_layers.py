@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 
-def spread(layers: int, drop: int) -> list[int]:
+def evenly_spread(layers: int, drop: int) -> list[int]:
     """Which of `layers` layers to drop, counted from 0: `drop` of them, evenly spread, never the first or the last."""
     if not 1 <= drop <= layers - 2:
         raise ValueError(

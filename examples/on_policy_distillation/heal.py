@@ -16,8 +16,9 @@
     python heal.py MODEL [FOLDER] [--drop N] [--steps N] [--text FILE] [HYDRA_OVERRIDE ...]
 
 MODEL is a causal language model in Hugging Face format: a folder, or a name on the Hub. FOLDER (default: runs/heal)
-receives the shortened model, the data, the metrics, results.json, report.html and the healed model. Run again, it
-continues an interrupted run and shows a finished one.
+receives the shortened model, the data, the metrics, results.json, report.html and the healed model. Run again with the
+same arguments, it continues an interrupted run. A finished one it shows, if what is said fits it; MODEL and FOLDER are
+enough.
 
 Some layers of the middle are dropped, evenly spread; `drop_layers.py`. The student goes on from the beginnings of
 passages of a text, and the original, its teacher, says at each token what it would have said: on-policy distillation by
@@ -26,7 +27,6 @@ negative log-likelihood of other passages of it, which is not what is trained on
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -38,14 +38,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import quickstart
 import torch
 from arithmetic import quiet
 from datasets import Dataset
-from drop_layers import drop_layers, require_same, spread
+from drop_layers import drop_layers, evenly_spread, require_same
 from generations import score_generation, write_generations
 from metrics import read_run
-from progress import end_with_trainers, train
-from summary import checkpoint
+from progress import end_with_trainers, overrides_of, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 HERE = Path(__file__).resolve().parent
@@ -83,16 +83,25 @@ def passages(text: str) -> list[str]:
     return found
 
 
+def require_enough(count: int, needed: int, what: str) -> None:
+    if count < needed:
+        raise ValueError(f"the text has {count} {what}, and {needed} are needed: give a longer one with --text")
+
+
 def split(found: list[str]) -> tuple[list[str], list[str]]:
     """Passages to begin from, and held-out ones, which are spread over the text."""
-    if len(found) < HELD_OUT + PROMPTS:
-        raise ValueError(
-            f"the text has {len(found)} passages of {PASSAGE} characters, and {HELD_OUT + PROMPTS} are needed: give a "
-            "longer one with --text"
-        )
+    require_enough(len(found), HELD_OUT + PROMPTS, f"passages of {PASSAGE} characters")
     every = len(found) // HELD_OUT
     held_out = found[every - 1 :: every][:HELD_OUT]
     return [passage for passage in found if passage not in held_out], held_out
+
+
+def prompts(found: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Their beginnings: enough for a step at least, as VERL fills its batches."""
+    texts = beginnings(found, tokenizer)
+    what = f"passages to learn from whose beginning has at most {MAX_PROMPT_TOKENS} tokens when read again"
+    require_enough(len(texts), PROMPTS, what)
+    return texts
 
 
 def beginnings(found: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -121,7 +130,7 @@ def make_student(model_path: str, drop: int, path: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
     layers = model.config.get_text_config().num_hidden_layers
-    dropped = spread(layers, drop)
+    dropped = evenly_spread(layers, drop)
     before = model.num_parameters()
     drop_layers(model, dropped)
     partial = path.with_name(f".{path.name}.partial")
@@ -153,20 +162,27 @@ def negative_log_likelihood(path: str | Path, texts: list[str]) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def prepare(out: Path, model: str, drop: int, text: str | None) -> dict[str, Any]:
+def require_as_made(out: Path, made_with: dict[str, Any], said: dict[str, Any]) -> None:
+    """Refuse what is said of a folder that was made with something else. None says nothing."""
+    other = {name: value for name, value in said.items() if value is not None and value != made_with[name]}
+    if other:
+        raise ValueError(f"{out} was made with {made_with}, not with {other}: choose another folder")
+
+
+def prepare(out: Path, model: str, drop: int | None, text: str | None) -> dict[str, Any]:
     """Make student and data in `out`, and measure student and teacher; once. Returns the record of it."""
-    path, settings = out / "heal.json", {"model": model, "drop": drop, "text": text}
+    path = out / "heal.json"
     if path.exists():
         record = json.loads(path.read_text())
-        if record["settings"] != settings:
-            raise ValueError(f"{out} was made with {record['settings']}, not {settings}: choose another folder")
+        require_as_made(out, record["settings"], {"model": model, "drop": drop, "text": text})
         return record
-    prompts, held_out = split(passages(Path(text).read_text() if text else python_reference()))
+    drop = DROP if drop is None else drop
+    learnt, held_out = split(passages(Path(text).read_text() if text else python_reference()))
+    texts = prompts(learnt, AutoTokenizer.from_pretrained(model))
     made = make_student(model, drop, out / "student")
-    texts = beginnings(prompts, AutoTokenizer.from_pretrained(model))
     rows = [{"data_source": DATA_SOURCE, "prompt": [{"role": "user", "content": text}]} for text in texts]
     Dataset.from_list(rows).to_parquet(str(out / "train.parquet"))
-    record = {"settings": settings, **made, "held_out": held_out}
+    record = {"settings": {"model": model, "drop": drop, "text": text}, **made, "held_out": held_out}
     print(what_was_dropped(record), flush=True)
     record["nll"] = {"student before": negative_log_likelihood(out / "student", held_out)}
     record["nll"]["teacher"] = negative_log_likelihood(model, held_out)
@@ -174,23 +190,10 @@ def prepare(out: Path, model: str, drop: int, text: str | None) -> dict[str, Any
     return record
 
 
-def machine() -> tuple[list[str], dict[str, str]]:
-    """What depends on the machine, and only that: Hydra overrides, and the environment of the trainer."""
-    if not torch.cuda.is_available():
-        name, environment = "cpu", {"VERL_PLATFORM": "cpu"}
-    elif importlib.util.find_spec("vllm"):
-        name, environment = "gpu", {}
-    else:
-        modules = "verl_on_policy_distillation,verl.plugin.cpu"  # the second for its rollout
-        name, environment = "gpu_without_vllm", {"VERL_USE_EXTERNAL_MODULES": modules}
-    lines = (HERE / f"{name}_overrides.txt").read_text().splitlines()
-    return [line for line in lines if line and line[0] not in "# "], environment
-
-
-def trainer_command(out: Path, model: str, steps: int, template: str, overrides: list[str]) -> list[str]:
+def trainer_command(out: Path, model: str, steps: int, template: str, machine: str, overrides: list[str]) -> list[str]:
     return [
         *(sys.executable, "-m", "verl.trainer.main_on_policy_distillation"),
-        *machine()[0],
+        *overrides_of(machine),
         f"{ACTOR}.policy_loss.loss_mode=on_policy_distillation",
         f"{ACTOR}.policy_loss.distillation_type=reverse_kl",
         f"teacher.model.path={model}",
@@ -205,7 +208,8 @@ def trainer_command(out: Path, model: str, steps: int, template: str, overrides:
         "actor_rollout_ref.rollout.n=1",
         f"{ACTOR}.ppo_mini_batch_size={PROMPTS // UPDATES}",
         f"{ACTOR}.optim.lr={LEARNING_RATE}",
-        f"trainer.total_training_steps={steps}",
+        f"{quickstart.STEPS}={steps}",
+        f"trainer.total_epochs={steps}",  # enough: an epoch has a step or more
         "trainer.val_before_train=False",
         "trainer.test_freq=-1",
         f"trainer.save_freq={max(1, steps // 2)}",
@@ -224,10 +228,22 @@ def quoted(value: str) -> str:
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def results_of(out: Path, record: dict[str, Any]) -> dict[str, Any]:
-    student = checkpoint(out)
+def healed(out: Path, steps: int) -> Path:
+    """The student of the last step, as a Hugging Face checkpoint. VERL may end before that step without an error."""
+    student = out / "checkpoints" / f"global_step_{steps}" / "actor" / "huggingface"
+    if not student.exists():
+        raise ValueError(
+            f"the training ended without {student}: give the --steps that the folder was begun with, or choose another "
+            f"folder; {out}/train.log says more"
+        )
+    return student
+
+
+def results_of(out: Path, record: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    student = healed(out, settings["steps"])
     nll = record["nll"] | {"student after": negative_log_likelihood(student, record["held_out"])}
     return {
+        "settings": settings,
         "layers": record["layers"],
         "dropped": record["dropped"],
         "parameters": record["parameters"],
@@ -247,13 +263,13 @@ def results_of(out: Path, record: dict[str, Any]) -> dict[str, Any]:
 def write_report(out: Path, model: str, record: dict[str, Any], student: Path) -> None:
     """The curves, and how both students go on from held-out passages, with the KL of each token."""
     teacher, tokenizer = load(model), AutoTokenizer.from_pretrained(model)
-    prompts = beginnings(record["held_out"][:SHOWN], tokenizer)
+    shown = beginnings(record["held_out"][:SHOWN], tokenizer)
     dumps = []
     for name, path in (("before", out / "student"), ("after", student)):
         model_of_name = load(path)
         file = out / "generations" / f"{name}.jsonl"
         write_generations(
-            file, [score_generation(prompt, model_of_name, teacher, tokenizer, RESPONSE_TOKENS) for prompt in prompts]
+            file, [score_generation(prompt, model_of_name, teacher, tokenizer, RESPONSE_TOKENS) for prompt in shown]
         )
         dumps.append(f"{name}={file}")
     command = [sys.executable, str(HERE / "report.py"), "--out", str(out / "report.html"), str(out)]
@@ -278,12 +294,19 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number above 0")
+    return int(text)
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("rest", nargs="*", metavar="FOLDER or HYDRA_OVERRIDE")
-    parser.add_argument("--drop", type=int, default=DROP, help="how many layers (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of the training (default: %(default)s)")
+    # Not said is None: of a folder that is there it is what it was.
+    parser.add_argument("--drop", type=int, help=f"how many layers (default: {DROP})")
+    parser.add_argument("--steps", type=positive, help=f"of the training (default: {STEPS})")
     parser.add_argument("--text", help="a text file to take prompts and held-out passages from")
     parsed = parser.parse_intermixed_args(arguments)
     is_named = bool(parsed.rest) and "=" not in parsed.rest[0]
@@ -294,6 +317,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(
             f"{parsed.model} does not exist: give the folder of a Hugging Face checkpoint, or a name on the Hub"
         )
+    for said in parsed.rest:
+        if said.lstrip("+~").partition("=")[0] == quickstart.STEPS:
+            parser.error(f"{said}: give the number of steps with --steps")
     parsed.text = parsed.text and str(Path(parsed.text).resolve())
     return parsed
 
@@ -303,12 +329,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     record = prepare(out, model, arguments.drop, arguments.text)
     path = out / "results.json"
-    if not path.exists():
+    if path.exists():
+        results = json.loads(path.read_text())
+        require_as_made(out, results["settings"], {"steps": arguments.steps, "overrides": arguments.rest or None})
+    else:
+        settings = {"steps": arguments.steps or STEPS, "overrides": arguments.rest}
         template = plain_template(AutoTokenizer.from_pretrained(model))
-        command = trainer_command(out, model, arguments.steps, template, arguments.rest)
-        train(out, arguments.steps, command, machine()[1])
-        path.write_text(json.dumps(results_of(out, record), indent=2) + "\n")
-    results = json.loads(path.read_text())
+        machine = quickstart.this_machine()
+        command = trainer_command(out, model, settings["steps"], template, machine, settings["overrides"])
+        train(out, settings["steps"], command, quickstart.MACHINES[machine])
+        results = results_of(out, record, settings)
+        path.write_text(json.dumps(results, indent=2) + "\n")
     if not (out / "report.html").exists():
         write_report(out, model, record, out / results["checkpoint"])
     return results

@@ -62,6 +62,7 @@ def overrides(folder: Path, machine: str) -> list[str]:
         f"{ACTOR}.optim.lr=2e-4",
         f"reward.custom_reward_function.path={HERE}/arithmetic.py",
         f"{STEPS}=15",
+        "trainer.total_epochs=1000",  # the steps alone are to end it; by default 30 epochs do
         "trainer.test_freq=3",
         "trainer.save_freq=5",
         "trainer.max_actor_ckpt_to_keep=1",

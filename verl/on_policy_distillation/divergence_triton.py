@@ -473,48 +473,19 @@ def _write_gradient(
     To `end` >= vocab entries. It may go over the student's logits: no block is read after it is written.
     """
     blocks = vocab // BLOCK
-    if IS_BACKWARD:  # against the direction of the pass before, as in `_mixture_sums`
-        for start in range(blocks * BLOCK, end, BLOCK):
-            _write_block(
-                student,
-                teacher,
-                gradient,
-                factor,
-                start,
-                vocab,
-                end,
-                numbers,
-                of_policy,
-                KIND,
-                POLICY_DTYPE,
-                FAR,
-                BLOCK,
-            )
+    # The end of the row: the cache has it after a pass that went forward, and else it is as good now as at any time.
+    for start in range(blocks * BLOCK, end, BLOCK):
+        _write_block(
+            student, teacher, gradient, factor, start, vocab, end, numbers, of_policy, KIND, POLICY_DTYPE, FAR, BLOCK
+        )
     for index in tl.range(0, blocks, num_stages=STAGES):
-        if IS_BACKWARD:
+        if IS_BACKWARD:  # against the direction of the pass before, as in `_mixture_sums`
             start = (blocks - 1 - index) * BLOCK
         else:
             start = index * BLOCK
         _write_block(
             student, teacher, gradient, factor, start, None, None, numbers, of_policy, KIND, POLICY_DTYPE, FAR, BLOCK
         )
-    if not IS_BACKWARD:
-        for start in range(blocks * BLOCK, end, BLOCK):
-            _write_block(
-                student,
-                teacher,
-                gradient,
-                factor,
-                start,
-                vocab,
-                end,
-                numbers,
-                of_policy,
-                KIND,
-                POLICY_DTYPE,
-                FAR,
-                BLOCK,
-            )
 
 
 @triton.jit
