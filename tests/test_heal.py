@@ -21,11 +21,12 @@ import sys
 
 import heal
 import pytest
+import python_docs
 import torch
 from arithmetic import build_tokenizer, save_checkpoint, tiny_model
 from conftest import ROOT
 from drop_layers import drop_layers, evenly_spread, require_same
-from heal import negative_log_likelihood, parse, passages, plain_template, prepare, python_reference, split
+from heal import negative_log_likelihood, parse, passages, plain_template, prepare, split
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from metrics import read_run
 from tokenizers.processors import TemplateProcessing
@@ -149,7 +150,7 @@ def test_a_model_without_a_list_of_layers_is_refused():
 
 
 def test_held_out_passages_have_no_paragraph_that_is_learnt_from():
-    learnt, held_out = split(passages(python_reference()))
+    learnt, held_out = split(passages(python_docs.reference()))
     assert len(held_out) == heal.HELD_OUT and len(learnt) >= heal.STEPS * heal.PROMPTS
     paragraphs = [{part for passage in found for part in passage.split("\n\n")} for found in (learnt, held_out)]
     assert not paragraphs[0] & paragraphs[1]
@@ -304,7 +305,7 @@ def language_model(path, seed=0):
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    ids = torch.tensor(tokenizer(python_reference()[:100_000])["input_ids"])
+    ids = torch.tensor(tokenizer(python_docs.reference()[:100_000])["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
         starts = torch.randint(len(ids) - 64, (16,)).tolist()

@@ -59,6 +59,7 @@ LOSS = f"{ACTOR}.policy_loss"
 # The same for every method: rollouts and updates a step, optimizer and schedule.
 ROLLOUTS, UPDATES = 256, 16
 GRPO_STEPS, GRPO_SCORE_EVERY, GROUP = 70, 2, 8
+BEYOND_SCORE_EVERY = 10  # where such a run ends is what counts
 DISTILLATION_STEPS = 12
 WEAK_TEACHER_STEP = 20  # of GRPO
 HELD_OUT = 2000
@@ -169,7 +170,7 @@ class Method:
         title: in tables.
         overrides: of the trainer's configuration.
         responses: to a prompt.
-        score_every: steps from one that is scored on the held-out problems to the next.
+        score_every: steps from one that is scored on the held-out problems to the next. The last one is always scored.
         teacher_step: of the GRPO run with the same seed; None: no teacher.
         start: the method whose last step this one goes on from, instead of the base.
     """
@@ -196,13 +197,14 @@ def hybrid(title: str, *more: str, responses: int) -> Method:
 
 def grpo(title: str, steps: int, start: str | None = None) -> Method:
     chosen = ("algorithm.adv_estimator=grpo",)
-    return Method(title, chosen, GROUP, steps, GRPO_SCORE_EVERY, teacher_step=None, start=start)
+    score_every = GRPO_SCORE_EVERY if start is None else BEYOND_SCORE_EVERY
+    return Method(title, chosen, GROUP, steps, score_every, teacher_step=None, start=start)
 
 
 def beyond(title: str, teacher_step: int, *more: str) -> Method:
     """Hybrid with RL's whole weight, for as many steps as RL."""
     method = hybrid(title, f"{LOSS}.hybrid_lambda_rl=1.0", *more, responses=GROUP)
-    return replace(method, steps=GRPO_STEPS, score_every=GRPO_SCORE_EVERY, teacher_step=teacher_step)
+    return replace(method, steps=GRPO_STEPS, score_every=BEYOND_SCORE_EVERY, teacher_step=teacher_step)
 
 
 def falling(weight: float, steps: int) -> tuple[str, ...]:
@@ -335,7 +337,7 @@ def held_out_outcomes(path: Path, task: Task, out: Path) -> list[bool]:
 def score_checkpoints(run: Run, task: Task, out: Path, start: Path) -> dict[int, list[bool]]:
     """Outcomes by step, 0 being `start`. Removes the checkpoints that no later run needs."""
     method = METHODS[run.method]
-    scored = range(method.score_every, method.steps + 1, method.score_every)
+    scored = sorted({*range(method.score_every, method.steps, method.score_every), method.steps})
     outcomes = {0: held_out_outcomes(start, task, out)}
     outcomes |= {step: held_out_outcomes(checkpoint(run, out, step), task, out) for step in scored}
     for step in {*scored} - {method.steps, WEAK_TEACHER_STEP}:

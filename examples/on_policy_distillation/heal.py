@@ -38,6 +38,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import python_docs
 import quickstart
 import torch
 from arithmetic import quiet
@@ -64,12 +65,6 @@ SHOWN = 6  # passages in the report
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def python_reference() -> str:
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def passages(text: str) -> list[str]:
@@ -177,7 +172,7 @@ def prepare(out: Path, model: str, drop: int | None, text: str | None) -> dict[s
         require_as_made(out, record["settings"], {"model": model, "drop": drop, "text": text})
         return record
     drop = DROP if drop is None else drop
-    learnt, held_out = split(passages(Path(text).read_text() if text else python_reference()))
+    learnt, held_out = split(passages(Path(text).read_text() if text else python_docs.reference()))
     texts = prompts(learnt, AutoTokenizer.from_pretrained(model))
     made = make_student(model, drop, out / "student")
     rows = [{"data_source": DATA_SOURCE, "prompt": [{"role": "user", "content": text}]} for text in texts]

@@ -78,6 +78,11 @@ def topics() -> dict[str, str]:
     return dict(sorted(texts.items()))
 
 
+def reference() -> str:
+    """All topics, one after the other."""
+    return "\n\n".join(topics().values())
+
+
 def docstrings(source: str) -> list[str]:
     """Of a module and of its classes and functions, in their order, without indentation."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
