@@ -56,7 +56,7 @@ BASICS = (
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
     "+actor_rollout_ref.model.override_config.attn_implementation=eager",
     "trainer.n_gpus_per_node=1",
-    "data.max_prompt_length=32",  # together the 64 positions of tiny_model
+    "data.max_prompt_length=32",  # not more together than the 128 positions of tiny_model
     "data.max_response_length=32",
 )
 
@@ -271,8 +271,8 @@ MISTAKES = {
     ),
     "several heads": ([PURE, "actor_rollout_ref.model.mtp.enable=True"], "mtp.enable=True.*set it to False"),
     "short context": (
-        [PURE, "data.max_response_length=40"],
-        "context of 64 tokens.*max_prompt_length=32 plus data.max_response_length=40 is 72: shorten them",
+        [PURE, "data.max_response_length=100"],
+        "context of 128 tokens.*max_prompt_length=32 plus data.max_response_length=100 is 132: shorten them",
     ),
     "adapted head": (
         [PURE, "actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.target_modules=[q_proj,lm_head]"],
@@ -392,7 +392,7 @@ def test_a_stretched_context_is_long_enough(models, tmp_path):
     path = tmp_path / "stretched"
     tiny_model(path, hidden=64)
     longer = (PURE, *models, f"teacher.model.path={path}", "data.max_response_length=100")
-    with pytest.raises(ValueError, match="context of 64 tokens"):
+    with pytest.raises(ValueError, match="context of 128 tokens"):
         validate(make_config(*longer))
     validate(make_config(*longer, "+teacher.model.override_config.max_position_embeddings=132"))
     edit_config(path, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})
