@@ -13,6 +13,7 @@
 # limitations under the License.
 """The environment and the wheel are what the repository's files say."""
 
+import importlib
 import importlib.metadata
 import os
 import re
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,26 @@ def succeed(*command, cwd=ROOT):
 
 def test_benchmark_tables_are_those_of_the_results():
     succeed(sys.executable, ROOT / "benchmarks" / "render.py", "--check")
+
+
+def test_the_bars_are_those_of_the_results(monkeypatch):
+    """Every number that the picture must show is in it, with the name of what it is of."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    render = importlib.import_module("render")
+    results = render.Results(render.load("linear_divergence_cpu"))
+    picture = (ROOT / "benchmarks" / "results" / "linear_divergence_bars.svg").read_text(encoding="utf-8")
+    texts = Counter(re.findall(r">([^<>]+)</text>", picture))
+    n = results.tokens[-1]
+    medians = [
+        (name, results.median(n, kind, name, field), scale)
+        for kind in results.kinds
+        for field, scale in (("seconds", 1.0), ("extra_bytes", 1e-6))
+        for name in results.names
+    ]
+    wanted = [(name, value * scale) for name, value, scale in medians if value is not None]
+    assert not Counter(render.number(value) for _, value in wanted) - texts
+    assert not Counter(results.title(name) for name, _ in wanted) - texts
+    assert len(wanted) > 20
 
 
 def project_files():
