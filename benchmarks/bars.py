@@ -62,7 +62,7 @@ def two_heads(results: Results, path: Path) -> None:
                 if field == "seconds":
                     floor = results.median(n, kind, "floor", field)
                     axes.axvline(floor, color="black", linewidth=0.8, linestyle=":")
-        title = f"n = {n:,} tokens, forward and backward: time (dots: the bare matrix products), memory beyond inputs and gradients"
+        title = f"{n:,} tokens, forward and backward. Dots: the bare matrix products. MB: beyond inputs and gradients"
         figure.suptitle(title, fontsize=10)
         figure.savefig(path, format="svg", metadata={"Date": None})
         pyplot.close(figure)
