@@ -46,6 +46,10 @@ def succeed(*command, cwd=ROOT):
     return done.stdout
 
 
+def test_processes_of_the_environment_collect_garbage_less_often():
+    assert succeed(VENV / "bin" / "python", "-c", "import gc; print(gc.get_threshold()[0])") == "20000\n"
+
+
 def test_benchmark_tables_are_those_of_the_results():
     succeed(sys.executable, ROOT / "benchmarks" / "render.py", "--check")
 
