@@ -18,7 +18,11 @@ here torch's FSDP1 wraps a model as VERL's engine does, and the head gets its ta
 """
 
 import functools
+import multiprocessing
 import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
@@ -84,11 +88,51 @@ def wrapped(model: torch.nn.Module, use_orig_params: bool, policy_name: str) -> 
     )
 
 
-def train_one_step(rank: int, world_size: int, port: int, kind: str, use_orig_params: bool, policy: str) -> None:
-    """In each process: a step of FSDP1 moves every parameter as a step of the plain model over all sequences does."""
+def join(rank: int, world_size: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+
+
+class Ranks:
+    """Processes of one gloo group that serve all tests of a size: their imports take longer than any case does."""
+
+    def __init__(self, size: int):
+        spawn, port = multiprocessing.get_context("spawn"), free_port()
+        self.processes = [
+            ProcessPoolExecutor(1, mp_context=spawn, initializer=join, initargs=(rank, size, port))
+            for rank in range(size)
+        ]
+
+    def run(self, function: Callable[..., None], *args) -> None:
+        """`function(rank, size, *args)` in each; its error is raised here."""
+        size = len(self.processes)
+        results = [process.submit(function, rank, size, *args) for rank, process in enumerate(self.processes)]
+        for result in results:
+            result.result(timeout=120)
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """The ranks of a group, by its size; made when they are first asked for."""
+    made: dict[int, Ranks] = {}
+
+    def of(size: int) -> Ranks:
+        if size not in made:
+            made[size] = Ranks(size)
+        return made[size]
+
+    yield of
+    for group in made.values():
+        group.end()
+
+
+def train_one_step(rank: int, world_size: int, kind: str, use_orig_params: bool, policy: str) -> None:
+    """In each process: a step of FSDP1 moves every parameter as a step of the plain model over all sequences does."""
     plain, model = student(), student()
     before = [parameter.detach().clone() for parameter in plain.parameters()]
     sharded = wrapped(model, use_orig_params, policy)
@@ -103,21 +147,17 @@ def train_one_step(rank: int, world_size: int, port: int, kind: str, use_orig_pa
         for start, expected, actual in zip(before, plain.parameters(), sharded.parameters(), strict=True):
             assert not torch.equal(start, expected)
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.parametrize("kind", ["pure", "hybrid"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_step_is_that_of_the_plain_model(policy, kind, use_orig_params):
-    torch.multiprocessing.spawn(train_one_step, args=(2, free_port(), kind, use_orig_params, policy), nprocs=2)
+def test_a_step_is_that_of_the_plain_model(policy, kind, use_orig_params, ranks):
+    ranks(2).run(train_one_step, kind, use_orig_params, policy)
 
 
-def let_go_of_the_root(rank: int, world_size: int, port: int, policy: str) -> None:
+def let_go_of_the_root(rank: int, world_size: int, policy: str) -> None:
     """In each process: what a forward leaves gathered is let go of, and gathered again for the next."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
     model = wrapped(student(), use_orig_params=False, policy_name=policy).eval()
     sequence = torch.randint(VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(rank))
 
@@ -132,9 +172,8 @@ def let_go_of_the_root(rank: int, world_size: int, port: int, policy: str) -> No
             reshard_root(model)
             assert not is_sharded or gathered_bytes() == 0
         torch.testing.assert_close(model(sequence).logits, first, rtol=0, atol=0)
-    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("policy", "ranks"), [("layers", 1), ("layers", 2), ("size", 2)])
-def test_after_a_forward_the_root_s_weights_are_let_go_of(policy, ranks):
-    torch.multiprocessing.spawn(let_go_of_the_root, args=(ranks, free_port(), policy), nprocs=ranks)
+@pytest.mark.parametrize(("policy", "size"), [("layers", 1), ("layers", 2), ("size", 2)])
+def test_after_a_forward_the_root_s_weights_are_let_go_of(policy, size, ranks):
+    ranks(size).run(let_go_of_the_root, policy)
