@@ -38,7 +38,8 @@ def calculate(expression: str) -> str:
     try:
         if len(expression) > _LONGEST:
             raise ValueError(f"it has more than {_LONGEST} characters")
-        return f"{_value(ast.parse(expression.strip(), mode='eval').body):.12g}"
+        value = _value(ast.parse(expression.strip(), mode="eval").body)
+        return str(value) if isinstance(value, int) else f"{value:.12g}"
     except (SyntaxError, ValueError, ArithmeticError) as error:
         return f"This cannot be calculated: {error}."
 

@@ -15,7 +15,8 @@
 
     python3 prompts.py zwhe99/DeepMath-103K ~/data/deepmath/train.parquet --question question --answer final_answer \\
         --ability math --after "Let's think step by step and output the final answer within \\\\boxed{}."
-    python3 prompts.py ise-uiuc/Magicoder-OSS-Instruct-75K ~/data/magicoder/train.parquet --question problem --ability code
+    python3 prompts.py ise-uiuc/Magicoder-OSS-Instruct-75K ~/data/magicoder/train.parquet --question problem \\
+        --ability code
 
 The first argument is a data set of the Hub or a folder with its files. `ability` is the column by which two_teachers.sh
 chooses the teacher. VERL has no rule for the answers of these data sets: a pure run gives them a score of 0, which it
