@@ -19,17 +19,17 @@ test_trainer.py trains with each of them.
 import json
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import replace
 
+import prompts
 import pytest
+import teacher_prompt
 from arithmetic import problems, tiny_model, verl_rows
 from calculator import calculate
 from datasets import Dataset
 from hydra import compose, initialize_config_module
 from recipe_scripts import NAMES, RECIPES, arguments_of, recipe
-from teacher_prompt import COLUMN, teacher_prompt
 from transformers import Qwen2Config, Qwen3Config
 
 from verl.on_policy_distillation import hydra_source
@@ -192,11 +192,13 @@ def estimates(found, teachers, settings):
 # data and tool
 
 
-def script(name, *arguments):
-    return subprocess.run([sys.executable, RECIPES / name, *arguments], capture_output=True, text=True)
+def run(module, monkeypatch, *arguments):
+    """As `python3 <module>.py <arguments>` does."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+    module.main()
 
 
-def test_any_data_set_of_questions_becomes_verl_s_form(tmp_path):
+def test_any_data_set_of_questions_becomes_verl_s_form(tmp_path, monkeypatch):
     source = tmp_path / "source"
     source.mkdir()
     Dataset.from_list([{"question": "What is $1+1$?", "final_answer": "2", "topic": "Algebra"}]).to_parquet(
@@ -204,8 +206,8 @@ def test_any_data_set_of_questions_becomes_verl_s_form(tmp_path):
     )
     columns = ("--question", "question", "--answer", "final_answer", "--ability", "math")
     out = tmp_path / "new" / "train.parquet"
-    done = script("prompts.py", source, out, *columns, "--after", r"Answer in \boxed{}.", "--source", "deepmath")
-    assert done.returncode == 0, done.stderr
+    options = ("--after", r"Answer in \boxed{}.", "--source", "deepmath")
+    run(prompts, monkeypatch, source, out, *columns, *options)
     assert Dataset.from_parquet(str(out)).to_list() == [
         {
             "data_source": "deepmath",
@@ -219,19 +221,17 @@ def test_any_data_set_of_questions_becomes_verl_s_form(tmp_path):
     assert verl_rows(problems()[0][:1], "train")[0].keys() == Dataset.from_parquet(str(out))[0].keys()
 
 
-def test_a_teacher_s_prompt_is_a_column(tmp_path):
+def test_a_teacher_s_prompt_is_a_column(tmp_path, monkeypatch):
     rows = verl_rows([("12+34=", "46")], "train")
     rows[0]["prompt"].insert(0, {"role": "system", "content": "Be brief."})
     Dataset.from_list(rows).to_parquet(str(tmp_path / "train.parquet"))
     (tmp_path / "rules.txt").write_text("Never forget to carry.")
     out = tmp_path / "out.parquet"
     after = "\nIt is {reward_model[ground_truth]}, not {{}}."
-    done = script(
-        "teacher_prompt.py", tmp_path / "train.parquet", out, "--system", tmp_path / "rules.txt", "--after", after
-    )
-    assert done.returncode == 0, done.stderr
+    options = ("--system", tmp_path / "rules.txt", "--after", after)
+    run(teacher_prompt, monkeypatch, tmp_path / "train.parquet", out, *options)
     [row] = Dataset.from_parquet(str(out)).to_list()
-    assert row.pop(COLUMN) == [
+    assert row.pop(teacher_prompt.COLUMN) == [
         {"role": "system", "content": "Never forget to carry."},
         {"role": "user", "content": "12+34=\nIt is 46, not {}."},
     ]
@@ -242,7 +242,7 @@ def test_a_teacher_s_prompt_is_a_column(tmp_path):
 def test_a_text_that_asks_for_what_a_row_does_not_have_is_refused(after):
     row = verl_rows([("12+34=", "46")], "train")[0]
     with pytest.raises(ValueError, match="name one of them") as error:
-        teacher_prompt(row, None, after)
+        teacher_prompt.teacher_prompt(row, None, after)
     assert repr(after) in str(error.value)
 
 
