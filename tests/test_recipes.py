@@ -231,6 +231,13 @@ def test_any_data_set_of_questions_becomes_verl_s_form(tmp_path, monkeypatch):
     assert verl_rows(problems()[0][:1], "train")[0].keys() == Dataset.from_parquet(str(out))[0].keys()
 
 
+def test_a_column_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
+    Dataset.from_list([{"problem": "What is $1+1$?"}]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(SystemExit):
+        run(prompts, monkeypatch, tmp_path, tmp_path / "out", "--question", "question", "--ability", "math")
+    assert f"{tmp_path} has no column question, it has ['problem']" in capsys.readouterr().err
+
+
 def test_a_teacher_s_prompt_is_a_column(tmp_path, monkeypatch):
     rows = verl_rows([("12+34=", "46")], "train")
     rows[0]["prompt"].insert(0, {"role": "system", "content": "Be brief."})
