@@ -153,6 +153,14 @@ def test_the_readme_names_every_recipe_and_file():
         assert file.suffix not in (".sh", ".py") or f"`{file.name}`" in README, file.name
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_makes_every_file_that_a_recipe_reads(name):
+    files = re.findall(r":-\$HOME(/data/\w+)/(\w+\.parquet)\}", recipe(name).read_text())
+    assert len(files) >= 2
+    for folder, file in files:
+        assert f"~{folder}/{file}" in README or f"--local_save_dir ~{folder}\n" in README, (folder, file)
+
+
 def plans():
     """Each command for the planner that README.md has: the recipe with its variables, and the arguments."""
     commands = re.findall(r"^# (\S+\.sh.*)\npython3 -m verl.on_policy_distillation.plan ((?:.*\\\n)*.*)$", README, re.M)

@@ -5,7 +5,7 @@ set -xeuo pipefail
 
 # ---- user-adjustable ----
 MODEL=${MODEL:-Qwen/Qwen3-4B}
-TRAIN_FILE=${TRAIN_FILE:-$HOME/data/gsm8k/with_teacher_prompt.parquet}
+TRAIN_FILE=${TRAIN_FILE:-$HOME/data/gsm8k/with_solution.parquet}
 VAL_FILE=${VAL_FILE:-$HOME/data/gsm8k/test.parquet}
 
 NNODES=${NNODES:-1}

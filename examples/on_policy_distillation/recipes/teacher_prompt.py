@@ -15,8 +15,8 @@
 
 The teacher's prompt is the student's with a system message before it, a text after its last message, or both:
 
-    python3 teacher_prompt.py train.parquet with_teacher_prompt.parquet --system rules.txt
-    python3 teacher_prompt.py train.parquet with_teacher_prompt.parquet --after \\
+    python3 teacher_prompt.py train.parquet with_system_prompt.parquet --system prompt.txt
+    python3 teacher_prompt.py train.parquet with_solution.parquet --after \\
         $'\\n\\nA correct solution:\\n{extra_info[answer]}\\n\\nSolve it in your own words.'
 
 A value that names a file stands for the text in it. In --after, {column} and {column[key]} stand for values of the row;
