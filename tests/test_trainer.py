@@ -474,7 +474,7 @@ def test_a_lora_learns_from_its_base_which_sees_more(files, tmp_path, monkeypatc
     merge_checkpoint()
     base = AutoModelForCausalLM.from_pretrained(merged)
     for name, weight in AutoModelForCausalLM.from_pretrained(files / "teacher").state_dict().items():
-        assert torch.equal(base.state_dict()[name].float(), weight), name
+        assert torch.equal(base.state_dict()[name], weight.bfloat16()), name  # in which VERL writes it
     adapter = PeftModel.from_pretrained(base, merged / "lora_adapter").state_dict()
     moved = [weight for name, weight in adapter.items() if "lora_B" in name]
     assert len(moved) == 7 and all(weight.abs().max() > 0 for weight in moved)  # of each linear layer
