@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples" / "on_policy_distillation"), str(ROOT / "scripts")]
+EXAMPLE = ROOT / "examples" / "on_policy_distillation"
+sys.path[:0] = [str(EXAMPLE), str(EXAMPLE / "recipes"), str(ROOT / "scripts")]
 
 import make_patch  # noqa: E402
 

@@ -11,10 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""End to end: VERL's trainer, started as a user starts it, on real Ray, TransferQueue, FSDP2 and rollouts.
+"""End to end: VERL's trainer, started by the recipes as a user starts it, on real Ray, TransferQueue, FSDP2, rollouts.
 
-The pure runs are beside a VERL, the hybrid one is in a patched VERL without the package. Two of the three VERLs are
-forks, with edits of their own where training runs (fork.py).
+The recipes run at toy size, by the paths in their environment and overrides after their own. The pure runs are beside a
+VERL, the hybrid one is in a patched VERL without the package. Two of the three VERLs are forks, with edits of their own
+where training runs (fork.py).
 """
 
 import json
@@ -28,13 +29,29 @@ import time
 import psutil
 import pytest
 import torch
-from arithmetic import compute_score, make_split, problems, tiny_model, verl_rows
+from arithmetic import (
+    EOS,
+    build_tokenizer,
+    compute_score,
+    make_split,
+    one_thread,
+    problems,
+    save_checkpoint,
+    tiny_model,
+    untrained_model,
+    verl_rows,
+)
 from conftest import ROOT, copy_unpatched_verl
 from datasets import Dataset
 from fork import make_fork
 from metrics import accuracy, metric_files, next_metric_file, read_metrics, read_run
+from peft import PeftModel
 from progress import overrides_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from recipe_scripts import arguments_of, environment_with, recipe
+from teacher_prompt import COLUMN, teacher_prompt
+from transformers import AutoModelForCausalLM
+
+from verl.model_merger.__main__ import main as merge_checkpoint
 
 EXAMPLE = ROOT / "examples" / "on_policy_distillation"
 ACTOR = "actor_rollout_ref.actor"
@@ -56,8 +73,10 @@ def files(tmp_path_factory):
     train, test = problems()
     make_split(folder / "train.parquet", train[:512])
     rows = Dataset.from_parquet(str(folder / "train.parquet")).to_list()
-    topics = [row | {"ability": ("sums", "carries")[index % 2]} for index, row in enumerate(rows)]
-    Dataset.from_list(topics).to_parquet(folder / "topics.parquet")
+    for index, ability in enumerate(("math", "code")):
+        Dataset.from_list([row | {"ability": ability} for row in rows[index::2]]).to_parquet(
+            folder / f"{ability}.parquet"
+        )
     make_split(folder / "test.parquet", test[:16])
     return folder
 
@@ -87,27 +106,34 @@ def patched_fork(fork, tmp_path_factory):
 
 
 def beside(verl):
-    """How a run is started with the VERL in the folder `verl`, and this package beside it."""
-    return "verl.trainer.main_on_policy_distillation", {"PYTHONPATH": str(verl)}
+    """How a run is started with the VERL in the folder `verl`, and this package beside it: as the recipe does."""
+    return None, {"PYTHONPATH": str(verl)}
 
 
 def inside(verl):
-    """... with the patched VERL in the folder `verl`, as if this package were not installed."""
+    """... with the patched VERL in the folder `verl`, as if this package were not installed: main_ppo takes it all."""
     environment = {"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_USE_EXTERNAL_MODULES": "verl.plugin.cpu"}
     return "verl.trainer.main_ppo", {"PYTHONPATH": str(verl)} | environment
 
 
-INSTALLED = ("verl.trainer.main_on_policy_distillation", {})
+INSTALLED = (None, {})
 
 
-def trainer_command(files, folder, module, *overrides):
+def paths_of(files):
+    """The variables in which the recipes take their models and files."""
+    return {
+        "STUDENT_MODEL": f"{files}/student",
+        "TEACHER_MODEL": f"{files}/teacher",
+        "TRAIN_FILE": f"{files}/train.parquet",
+        "VAL_FILE": f"{files}/test.parquet",
+        "MATH_TRAIN_FILE": f"{files}/math.parquet",
+        "CODE_TRAIN_FILE": f"{files}/code.parquet",
+    }
+
+
+def overrides_at_toy_size(folder, *overrides):
     return [
-        *(sys.executable, "-m", module),
         *overrides_of("cpu"),
-        f"actor_rollout_ref.model.path={files}/student",
-        f"teacher.model.path={files}/teacher",
-        f"data.train_files={files}/train.parquet",
-        f"data.val_files={files}/test.parquet",
         "data.max_prompt_length=8",
         "data.max_response_length=4",
         f"data.train_batch_size={PROMPTS}",
@@ -125,36 +151,33 @@ def trainer_command(files, folder, module, *overrides):
     ]
 
 
-def start(files, folder, *overrides, verl=INSTALLED):
-    """The trainer as a process group of its own, its metrics and its output in new files below `folder`."""
+def start(files, folder, name, *overrides, verl=INSTALLED, **paths):
+    """The recipe `name` as a process group of its own, its metrics and its output in new files below `folder`."""
     metrics = next_metric_file(folder)
     module, settings = verl
-    environment = os.environ | {
-        "VERL_PLATFORM": "cpu",
-        "VERL_FILE_LOGGER_PATH": str(metrics),
-        "VERL_LOGGING_LEVEL": "ERROR",
-    }
-    environment |= settings
+    paths = paths_of(files) | paths
+    overrides = overrides_at_toy_size(folder, *overrides)
+    command = [recipe(name), *overrides]
+    if module is not None:
+        command = [sys.executable, "-m", module, *arguments_of(name, *overrides, **paths)]
+    environment = environment_with(
+        **paths,
+        **settings,
+        VERL_PLATFORM="cpu",
+        VERL_FILE_LOGGER_PATH=str(metrics),
+        VERL_LOGGING_LEVEL="ERROR",
+    )
     with open(folder / f"{metrics.stem}.log", "wb") as log:
-        return subprocess.Popen(
-            trainer_command(files, folder, module, *overrides),
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def run(files, folder, *overrides, verl=INSTALLED):
-    process = start(files, folder, *overrides, verl=verl)
+def run(files, folder, name, *overrides, verl=INSTALLED, **paths):
+    process = start(files, folder, name, *overrides, verl=verl, **paths)
     process.wait(timeout=400)
     log = sorted(folder.glob("*.log"))[-1].read_text(errors="replace")
     assert process.returncode == 0, log[-6000:]
     assert (FORKED in log) == (verl is not INSTALLED)
     return read_metrics(metric_files(folder)[-1])
-
-
-PURE = (f"{ACTOR}.policy_loss.loss_mode=on_policy_distillation",)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +189,7 @@ def pure_folder(tmp_path_factory):
 def pure(files, pure_folder, fork):
     """Six steps of the pure loss: no reward function, and VERL's default advantage estimator, which wants a critic."""
     dump = ("teacher.dump_freq=3", f"teacher.dump_size={PROMPTS * SAMPLES}")
-    return run(files, pure_folder, *PURE, *dump, verl=beside(fork))
+    return run(files, pure_folder, "qwen3_32b_to_4b", *dump, verl=beside(fork))
 
 
 def test_pure_distillation_lowers_the_divergence(pure):
@@ -194,8 +217,16 @@ def test_pure_distillation_validates_without_a_reward_function(pure):
     assert [step for step, metrics in pure.items() if accuracy(metrics) is not None] == [0, 2, 4, 6]
 
 
-def dumped(folder):
-    return [json.loads(line) for file in folder.glob("step_3.rank*.jsonl") for line in file.read_text().splitlines()]
+def test_the_trained_student_is_a_hugging_face_checkpoint(pure, pure_folder, files):
+    student = AutoModelForCausalLM.from_pretrained(pure_folder / "checkpoints/global_step_6/actor/huggingface")
+    before = AutoModelForCausalLM.from_pretrained(files / "student").state_dict()
+    moved = {name for name, weight in student.state_dict().items() if not torch.equal(weight.float(), before[name])}
+    assert moved >= {name for name in before if name.endswith("proj.weight")} | {"lm_head.weight"}
+
+
+def dumped(folder, step=3):
+    files = folder.glob(f"step_{step}.rank*.jsonl")
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def assert_dump_is_the_step(lines, metrics):
@@ -245,7 +276,7 @@ def test_a_run_whose_storage_dies_ends_with_the_cause_and_continues_where_it_was
     by random ids.
     """
     top_k = ("teacher.payload=topk", "teacher.topk=64")  # kept and found again as any other payload
-    overrides = (*PURE, f"{ACTOR}.ppo_mini_batch_size={PROMPTS}", *top_k)
+    overrides = ("qwen3_8b_to_1.7b", f"{ACTOR}.ppo_mini_batch_size={PROMPTS}", *top_k)
     process = start(files, tmp_path, *overrides)
     deadline = time.monotonic() + 300
     while 5 not in read_run(tmp_path):
@@ -273,18 +304,15 @@ def test_a_teacher_with_a_prompt_of_its_own(files, tmp_path):
     rows = verl_rows(problems()[0][: 2 * PROMPTS], "train")
     for index, row in enumerate(rows):
         other = [{"role": "system", "content": "Add. "}] if index >= PROMPTS else []
-        row["seen_by_the_teacher"] = [*other, *row["prompt"]]
+        row[COLUMN] = [*other, *row["prompt"]]
     Dataset.from_list(rows).to_parquet(str(tmp_path / "train.parquet"))
     steps = run(
         files,
         tmp_path,
-        *PURE,
-        f"actor_rollout_ref.model.path={files}/teacher",
-        "teacher.prompt_key=seen_by_the_teacher",
+        "prompt_distillation",
         "teacher.max_prompt_length=11",
         "teacher.payload_dtype=float32",
         "teacher.fsdp_config.model_dtype=fp32",
-        f"data.train_files={tmp_path}/train.parquet",
         "data.shuffle=False",
         "actor_rollout_ref.rollout.calculate_log_probs=True",
         f"{ACTOR}.optim.lr=0",
@@ -292,6 +320,8 @@ def test_a_teacher_with_a_prompt_of_its_own(files, tmp_path):
         "trainer.val_before_train=False",
         "trainer.test_freq=-1",
         "trainer.save_freq=-1",
+        MODEL=f"{files}/teacher",
+        TRAIN_FILE=f"{tmp_path}/train.parquet",
     )
     assert abs(steps[1]["distillation/kl"]) < 1e-5
     assert steps[2]["distillation/kl"] > 1e-2
@@ -311,18 +341,16 @@ def hybrid(files, hybrid_folder, patched_fork):
     return run(
         files,
         hybrid_folder,
+        "hybrid",
         "teacher.dump_freq=3",
         f"teacher.dump_dir={hybrid_folder}/dump",
         f"teacher.dump_size={PROMPTS * SAMPLES}",
-        f"{ACTOR}.policy_loss.loss_mode=hybrid_rl_distillation",
         f"{ACTOR}.policy_loss.hybrid_lambda_rl=0.5",
         f"{ACTOR}.policy_loss.hybrid_lambda_distill=0.5",
-        f"{ACTOR}.policy_loss.hybrid_lambda_distill_schedule=linear",
         f"{ACTOR}.policy_loss.hybrid_lambda_distill_steps=20",
         f"{ACTOR}.policy_loss.distillation_type=gkd",
         f"{ACTOR}.policy_loss.distillation_beta=0.5",
         f"{ACTOR}.use_kl_loss=True",
-        "algorithm.adv_estimator=grpo",
         f"reward.custom_reward_function.path={EXAMPLE / 'arithmetic.py'}",
         f"reward.custom_reward_function.name={compute_score.__name__}",
         "actor_rollout_ref.rollout.temperature=0.8",
@@ -361,10 +389,7 @@ def test_each_rank_of_a_hybrid_run_dumps_its_sequences(hybrid, hybrid_folder):
 
 
 SEVERAL = (
-    *PURE,
-    "+teacher.models.other.route=sums",
-    "+teacher.models.own.path=self",
-    "+teacher.models.own.route=carries",
+    "two_teachers",
     "teacher.ema=0.9",
     f"{ACTOR}.policy_loss.distillation_token_selection=top_entropy",
     f"{ACTOR}.policy_loss.distillation_keep_fraction=0.5",
@@ -383,19 +408,22 @@ def several_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def several(files, several_folder):
-    topics = (f"data.train_files={files}/topics.parquet", "teacher.routing_key=ability")
-    return run(files, several_folder, *SEVERAL, *topics)
+    return run(files, several_folder, *SEVERAL, **teachers(files))
+
+
+def teachers(files):
+    return {"MATH_TEACHER": "self", "CODE_TEACHER": f"{files}/teacher"}
 
 
 def test_each_topic_is_learnt_from_its_teacher(several):
-    assert several[1]["distillation/own/kl"] == pytest.approx(0.0, abs=2e-3)  # the student, but for 16 bits
-    assert several[1]["distillation/other/kl"] > 0.05
-    assert several[3]["distillation/other/kl"] < several[1]["distillation/other/kl"]
+    assert several[1]["distillation/math/kl"] == pytest.approx(0.0, abs=2e-3)  # the student, but for 16 bits
+    assert several[1]["distillation/code/kl"] > 0.05
+    assert several[3]["distillation/code/kl"] < several[1]["distillation/code/kl"]
     for step in (1, 2, 3):
         assert 0.5 <= several[step]["distillation/kept_tokens"] < 0.8  # half of each sequence, rounded up
         assert several[step]["distillation/clamped_tokens"] == 0.0
-        shares = {name: several[step][f"distillation/{name}/share"] for name in ("own", "other")}
-        assert sum(shares.values()) == pytest.approx(1.0) and 0.2 < shares["own"] < 0.8
+        shares = {name: several[step][f"distillation/{name}/share"] for name in ("math", "code")}
+        assert sum(shares.values()) == pytest.approx(1.0) and 0.2 < shares["math"] < 0.8
         weighted = sum(shares[name] * several[step][f"distillation/{name}/kl"] for name in shares)
         assert several[step]["distillation/kl"] == pytest.approx(weighted, rel=2e-2, abs=1e-3)
 
@@ -403,38 +431,133 @@ def test_each_topic_is_learnt_from_its_teacher(several):
 def test_the_moving_teacher_is_in_the_checkpoint(several, several_folder):
     [file] = several_folder.glob("checkpoints/global_step_3/actor/teacher_world_size_1_rank_0.pt")
     state = torch.load(file, weights_only=True)
-    assert state["own"]["updates"] == 3
+    assert state["math"]["updates"] == 3
 
 
 def test_a_row_without_a_teacher_ends_the_run_before_any_model_is_loaded(files, tmp_path):
-    process = start(files, tmp_path, *SEVERAL, "teacher.routing_key=data_source")
+    process = start(files, tmp_path, *SEVERAL, "teacher.routing_key=data_source", **teachers(files))
     assert process.wait(timeout=120) != 0
     log = (tmp_path / "0000.log").read_text(errors="replace")
-    assert "row 0 has data_source=" in log and "teacher.models has the routes ['carries', 'sums']" in log
+    assert "row 0 has data_source=" in log and "teacher.models has the routes ['code', 'math']" in log
     assert "model engine initialized" not in log
 
 
-def test_a_teacher_with_added_tokens_and_a_switch_between_the_kls(files, tmp_path):
-    """The teacher's tokenizer has a token of its own, on which it puts mass, and padding."""
-    teacher = tmp_path / "teacher"
-    tiny_model(teacher, hidden=TEACHER_HIDDEN, seed=2, vocab_size=264)
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
-    tokenizer.add_tokens(["<added>"])
-    tokenizer.save_pretrained(teacher)
+# ----------------------------------------------------------------------------------------------------------------------
+# a LoRA and its base
+
+
+def test_a_lora_learns_from_its_base_which_sees_more(files, tmp_path, monkeypatch):
+    """VERL's merger makes the base and an adapter of its checkpoint, by the command of the recipes' README."""
+    rows = verl_rows(problems()[0][:PROMPTS], "train")
+    for row in rows:
+        row[COLUMN] = teacher_prompt(row, system="Add. ", after="{reward_model[ground_truth]}=")
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "train.parquet"))
     steps = run(
         files,
         tmp_path,
-        *PURE,
-        f"teacher.model.path={teacher}",
+        "lora_self_distillation",
+        "teacher.max_prompt_length=16",
+        f"{ACTOR}.ppo_mini_batch_size={PROMPTS}",
+        f"{ACTOR}.optim.lr=1e-3",
+        "trainer.total_training_steps=2",
+        "trainer.total_epochs=2",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        MODEL=f"{files}/teacher",
+        TRAIN_FILE=f"{tmp_path}/train.parquet",
+    )
+    assert steps[1]["distillation/kl"] > 1e-2
+    assert steps[2]["distillation/kl"] < 0.8 * steps[1]["distillation/kl"]  # of the same prompts
+    checkpoint, merged = tmp_path / "checkpoints" / "global_step_2" / "actor", tmp_path / "merged"
+    command = ["merge", "--backend", "fsdp", "--local_dir", str(checkpoint), "--target_dir", str(merged)]
+    monkeypatch.setattr(sys, "argv", ["verl.model_merger", *command])
+    merge_checkpoint()
+    base = AutoModelForCausalLM.from_pretrained(merged)
+    for name, weight in AutoModelForCausalLM.from_pretrained(files / "teacher").state_dict().items():
+        assert torch.equal(base.state_dict()[name], weight.bfloat16()), name  # in which VERL writes it
+    adapter = PeftModel.from_pretrained(base, merged / "lora_adapter").state_dict()
+    moved = [weight for name, weight in adapter.items() if "lora_B" in name]
+    assert len(moved) == 7 and all(weight.abs().max() > 0 for weight in moved)  # of each linear layer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# several turns, with a teacher that has a token of its own
+
+CALL = '<tool_call>{"name": "calculate", "arguments": {"expression": "111111 * 1000001"}}</tool_call>'
+SAID = "111111111111"
+
+
+@one_thread()
+def calling_student(path):
+    """Writes a model to `path` that answers each question by the call of a tool, which is one token; its tokenizer."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([CALL])
+    model = untrained_model(32, 1, len(tokenizer), tied=False, seed=1, tokenizer=tokenizer)
+    prompts = tokenizer([question for question, _ in problems()[0][:128]], return_tensors="pt")["input_ids"]
+    turn = torch.tensor(tokenizer(CALL + EOS)["input_ids"]).expand(len(prompts), -1)
+    ids, labels = torch.cat([prompts, turn], 1), torch.cat([torch.full_like(prompts, -100), turn], 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+    save_checkpoint(model, path, tokenizer)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def several_turns_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("several_turns")
+
+
+@pytest.fixture(scope="module")
+def several_turns(files, several_turns_folder):
+    """The teacher's tokenizer has a token of its own, on which it puts mass, and padding."""
+    folder = several_turns_folder
+    tokenizer = calling_student(folder / "student")
+    tiny_model(folder / "teacher", hidden=TEACHER_HIDDEN, seed=2, vocab_size=len(tokenizer) + 6)
+    tokenizer.add_tokens(["<added>"])
+    tokenizer.save_pretrained(folder / "teacher")
+    return run(
+        files,
+        folder,
+        "multi_turn",
+        "data.max_response_length=24",
         "teacher.vocab=shared",
+        "teacher.dump_freq=1",
+        f"teacher.dump_size={PROMPTS * SAMPLES}",
         f"{ACTOR}.policy_loss.distillation_entropy_threshold=1.0",
+        f"{ACTOR}.ppo_mini_batch_size={PROMPTS}",
         "trainer.total_training_steps=3",
         "trainer.val_before_train=False",
         "trainer.test_freq=-1",
         "trainer.save_freq=-1",
+        STUDENT_MODEL=f"{folder}/student",
+        TEACHER_MODEL=f"{folder}/teacher",
     )
+
+
+def test_what_a_tool_says_is_no_part_of_the_loss(several_turns, several_turns_folder):
+    lines = dumped(several_turns_folder / "checkpoints" / "token_kl", step=1)
+    assert len(lines) == PROMPTS * SAMPLES
+    begins, ends = 2, 2 + len(SAID)
+    called = [line for line in lines if line["tokens"][:begins] == [CALL, EOS]]
+    assert len(called) > 0.8 * len(lines)
+    for line in called:
+        assert "".join(line["tokens"][begins:ends]) == SAID
+        assert line["kl"][begins:ends] == [None] * len(SAID)
+        assert None not in line["kl"][:begins] + line["kl"][ends:]
+        assert len(line["kl"]) > ends  # the student goes on
+    kl, first = [value for line in lines for value in line["kl"] if value is not None], several_turns[1]
+    assert first["distillation/teacher_payload_mb"] == pytest.approx(len(kl) * TEACHER_HIDDEN * 2 / 1024**2)
+    assert first["distillation/kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-3)
+    assert first["training/num_turns/max"] == 4  # question, call, result, answer
+
+
+def test_a_teacher_with_added_tokens_and_a_switch_between_the_kls(several_turns):
+    steps = several_turns
     for metrics in steps.values():
-        assert 0.005 < metrics["distillation/teacher_rest_mass"] < 0.1  # 6 entries of 264, untrained
+        assert 0.005 < metrics["distillation/teacher_rest_mass"] < 0.1  # 6 entries of 265, untrained
         assert metrics["distillation/student_rest_mass"] == 0.0  # its embedding has no others
     # An untrained teacher is nearly uniform: above the threshold everywhere, where forward KL is the loss.
     assert steps[1]["distillation/teacher_entropy"] > 4.0
