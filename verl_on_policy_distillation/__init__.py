@@ -13,8 +13,8 @@
 # limitations under the License.
 """On-policy distillation beside any VERL: importing this package gives VERL the modules that a patched one has.
 
-`import verl` imports it (entry point of the group ``verl.plugins``), in every process. Three things happen then. They are
-cheap, and none loads torch or the trainer:
+`import verl` imports it (entry point of the group ``verl.plugins``), in every process. Three things happen then. All
+are cheap, and none loads torch or the trainer:
 
 - The repository's files of the package ``verl``, which are installed in a directory of their own, become importable
   under their names: ``verl.trainer.ppo.on_policy_distillation`` and so on.

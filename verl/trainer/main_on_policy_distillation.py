@@ -37,7 +37,7 @@ def _is_patched() -> bool:
 
 
 def run(config: DictConfig) -> None:
-    """`main_ppo.main` for a composed configuration, whose trainer shows its progress, and has a teacher if it needs one."""
+    """`main_ppo.main` for a composed configuration; the trainer shows its progress, with a teacher if it needs one."""
     if not _is_patched():
         prepare(config)  # of another loss too: it may be one of ours misspelt, or have a teacher that it would ignore
         if config.trainer.use_v1:  # a distillation loss has been refused without it
