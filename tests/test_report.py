@@ -25,6 +25,7 @@ import sys
 import time
 
 import metrics
+import numpy as np
 import progress
 import pytest
 import report
@@ -33,6 +34,8 @@ import torch
 from arithmetic import VOCAB_SIZE, build_tokenizer, untrained_model
 from conftest import ROOT
 from generations import TOP, kl_divergence, score_generation, write_generations
+
+from verl.utils.logger import LocalLogger
 
 EXAMPLE = ROOT / "examples" / "on_policy_distillation"
 
@@ -105,6 +108,29 @@ def test_a_run_is_a_file_or_a_folder_with_or_without_a_name(tmp_path):
     assert [report.read_file_or_folder(path) for path in paths.values()] == [METRICS, METRICS]
     with pytest.raises(ValueError, match="no metrics"):
         report.read_file_or_folder(tmp_path / "nothing")
+
+
+def test_a_run_is_read_from_what_its_console_said(tmp_path, capsys):
+    """VERL's own console logger, in an actor of Ray's; there is more in such a file."""
+    run = METRICS | {
+        3: {"distillation/kl": np.float64(0.125), "val-core/a b:c/acc/mean@1": 1, "timing_s/step": math.nan}
+    }
+    for step, data in run.items():
+        LocalLogger().log(data, step)
+    lines = capsys.readouterr().out.splitlines()
+    (tmp_path / "train.log").write_text(
+        "step  1/3   KL 0.5   3.0 s\n" + "".join(f"\x1b[36m(TaskRunnerV1 pid=7)\x1b[0m {line}\n" for line in lines)
+    )
+    assert report.read_file_or_folder(tmp_path / "train.log") == run | {3: run[3] | {"timing_s/step": None}}
+
+
+def test_where_nothing_has_metrics_the_keys_that_keep_them_are_named(tmp_path, make_report):
+    (tmp_path / "train.log").write_text("Total steps: 15\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("train.log", "empty.jsonl", "checkpoints"):
+        with pytest.raises(SystemExit, match=r"trainer\.logger=\[console,file\]"):
+            make_report(tmp_path / name)
 
 
 def test_a_path_may_have_an_equals_sign(tmp_path, make_report):
@@ -233,6 +259,7 @@ def test_the_page_is_one_file_with_its_pictures(tmp_path, make_report, capsys):
     assert page.count("data:image/svg+xml;base64,") == 4
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "report.html" in capsys.readouterr().out
+    assert "teacher.dump_freq" not in page
 
 
 def test_the_page_says_which_pictures_it_lacks_and_why(tmp_path, make_report):
@@ -240,6 +267,7 @@ def test_the_page_says_which_pictures_it_lacks_and_why(tmp_path, make_report):
     write_metrics(tmp_path / "mine.jsonl")
     page = make_report(tmp_path / "mine.jsonl")
     assert re.findall("<li>(.*?)</li>", page) == ["Same most likely token: <code>distillation/top1_agreement</code>"]
+    assert "No tokens: <code>teacher.dump_freq=N</code>" in page and "<code>--generations TITLE=FILE</code>" in page
     write_metrics(tmp_path / "mine.jsonl", {1: {"distillation/kl": None}})
     page = make_report(tmp_path / "mine.jsonl")
     assert "data:image" not in page
