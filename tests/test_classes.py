@@ -20,10 +20,12 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 
 from verl.experimental.separation.engine_workers import DetachActorWorker
+from verl.on_policy_distillation.progress import with_progress
 from verl.on_policy_distillation.trainer import task_runner_class, with_teacher
 from verl.on_policy_distillation.worker import with_teachers
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import get_trainer_cls
+from verl.utils.tracking import Tracking
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 LOSSES = ("on_policy_distillation", "hybrid_rl_distillation")
@@ -54,6 +56,22 @@ def test_the_trainer_is_a_subclass_of_the_one_that_is_registered(loss, mode):
 def test_other_losses_keep_their_trainer():
     registered = get_trainer_cls("sync")
     assert with_teacher(registered, config_of("vanilla")) is registered
+
+
+@pytest.mark.parametrize(("loss", "has_reward"), [("vanilla", True), (LOSSES[0], False), (LOSSES[1], True)])
+def test_any_trainer_shows_its_progress(loss, has_reward, capsys):
+    registered = get_trainer_cls("sync")
+    trainer_cls = with_progress(with_teacher(registered, config_of(loss)))
+    assert issubclass(trainer_cls, registered) and with_progress(trainer_cls) is trainer_cls
+    trainer = trainer_cls.__new__(trainer_cls)
+    trainer.config = OmegaConf.create({"trainer": {"test_freq": 2, "save_freq": -1, "total_epochs": 3}})
+    trainer.total_training_steps, trainer.steps_per_epoch = 9, 2
+    assert trainer.has_reward is has_reward and getattr(trainer, "logger", None) is None
+    trainer.logger = tracking = Tracking("project", "experiment", [])
+    assert trainer.logger is tracking
+    tracking.log({"timing_s/step": 2.0, "distillation/kl": 0.5, "critic/score/mean": 0.25}, step=1)
+    reward = "   reward 0.250" if has_reward else ""
+    assert capsys.readouterr().out == f"step 1/6   KL 0.5000{reward}   2.0 s   0:00:10 left\n"
 
 
 @pytest.mark.parametrize("worker_cls", [ActorRolloutRefWorker, DetachActorWorker])

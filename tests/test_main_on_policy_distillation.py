@@ -164,21 +164,15 @@ def calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("loss_mode", ["on_policy_distillation", "hybrid_rl_distillation"])
-def test_a_distillation_loss_gets_a_teacher(loss_mode, calls):
+@pytest.mark.parametrize("loss_mode", ["on_policy_distillation", "hybrid_rl_distillation", "vanilla"])
+def test_the_trainer_of_any_loss_runs_in_our_runner(loss_mode, calls):
+    """Which gives it a teacher where the loss asks for one (test_classes.py)."""
     hydra_source.install()
     config = composed(VERL_CONFIG, "ppo_trainer", f"{POLICY_LOSS}.loss_mode={loss_mode}")
     runner = main_ppo.TaskRunnerV1
     entry.run(config)
     assert [name for name, _, _ in calls] == ["prepare", "auto_set_device", "validate_config", "run_ppo"]
     assert calls[-1] == ("run_ppo", (config,), {"task_runner_class": ("with a teacher", runner)})
-
-
-def test_any_other_loss_is_main_ppo(calls, monkeypatch):
-    config = composed(VERL_CONFIG, "ppo_trainer")
-    entry.run(config)
-    assert [name for name, _, _ in calls] == ["prepare", "auto_set_device", "validate_config", "run_ppo"]
-    assert calls[-1] == ("run_ppo", (config,), {"task_runner_class": main_ppo.TaskRunnerV1})
 
 
 @pytest.mark.parametrize(

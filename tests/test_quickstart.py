@@ -13,12 +13,16 @@
 # limitations under the License.
 """What the quickstart says to VERL's trainer. The run itself is too slow to be tested here; see test_trainer.py."""
 
+import re
 import sys
 
 import pytest
 import quickstart
 from arithmetic import problems
-from progress import overrides_of
+from conftest import ROOT
+from progress import PROGRESS, overrides_of
+
+from verl.on_policy_distillation.progress import step_line
 
 
 @pytest.mark.parametrize("machine", quickstart.MACHINES)
@@ -32,28 +36,44 @@ def test_what_depends_on_the_machine_comes_first_and_nothing_is_said_twice(machi
     assert f"teacher.model.path={tmp_path}/teacher" in said
 
 
-def test_the_steps_are_those_that_the_trainer_reads_last(tmp_path):
-    said = quickstart.overrides(tmp_path, "cpu")
-    assert quickstart.steps_of(said) == 15
-    assert quickstart.steps_of([*said, "trainer.total_training_steps=4", "data.seed=1"]) == 4
-    assert quickstart.steps_of([*said, "trainer.total_training_steps=4", "++trainer.total_training_steps=7"]) == 7
-    with pytest.raises(SystemExit, match="total_training_steps=null: give the number"):
-        quickstart.steps_of([*said, "trainer.total_training_steps=null"])
-
-
 def test_epochs_do_not_end_a_run_before_its_steps(tmp_path):
     taught, _ = problems()
     epochs = [line for line in quickstart.overrides(tmp_path, "cpu") if line.startswith("trainer.total_epochs=")]
     assert len(taught) // 256 * int(epochs[0].partition("=")[2]) >= 10_000
 
 
-def test_a_run_is_followed_for_as_many_steps_as_it_was_told(tmp_path, monkeypatch):
+def test_a_run_has_what_the_machine_needs_and_the_user_s_overrides_last(tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(quickstart, "train", lambda *arguments: trained.append(arguments))
     monkeypatch.setattr(quickstart, "this_machine", lambda: "gpu_without_vllm")
     quickstart.run(tmp_path, ["trainer.total_training_steps=4"])
-    ((folder, steps, command, environment),) = trained
-    assert (folder, steps) == (tmp_path, 4)
+    ((folder, command, environment),) = trained
+    assert folder == tmp_path
     assert command[:3] == [sys.executable, "-m", "verl.trainer.main_on_policy_distillation"]
     assert command[3:] == [*quickstart.overrides(tmp_path, "gpu_without_vllm"), "trainer.total_training_steps=4"]
     assert "verl.plugin.cpu" in environment["VERL_USE_EXTERNAL_MODULES"]
+
+
+PRINTED = re.compile(
+    r"step +(?P<step>\d+)/15(?:   KL (?P<kl>[\d.]+)   (?P<seconds>[\d.]+) s)?"
+    r"(?:   (?P<left>0:\d\d:\d\d) left)?(?:   held-out accuracy (?P<accuracy>[\d.]+)%)?"
+)
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/on_policy_distillation/README.md"])
+def test_the_pages_show_the_lines_as_the_trainer_prints_them(page):
+    lines = [line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if PROGRESS.fullmatch(line)]
+    steps = [line for line in lines if "done; " not in line]
+    assert steps
+    for line in steps:
+        said = PRINTED.fullmatch(line)
+        metrics = {}
+        if said["kl"]:
+            metrics = {"distillation/kl": float(said["kl"]), "timing_s/step": float(said["seconds"])}
+        if said["accuracy"]:
+            metrics["val-core/task/acc/mean@1"] = float(said["accuracy"]) / 100
+        hours, minutes, seconds = map(int, (said["left"] or "0:00:00").split(":"))
+        left = 3600 * hours + 60 * minutes + seconds if said["left"] else None
+        assert step_line(int(said["step"]), 15, metrics, left) == line
+    if page == "README.md":
+        assert lines[-1].startswith("step 15/15   done; the trained model: ")

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The report, from metrics and token dumps to one HTML page; and the lines and the end of a training that is shown."""
+"""The report, from metrics and token dumps to one HTML page; and what is shown of a training, and how that ends."""
 
 import json
 import math
@@ -25,6 +25,7 @@ import sys
 import time
 
 import metrics
+import numpy as np
 import progress
 import pytest
 import report
@@ -33,7 +34,8 @@ import torch
 from arithmetic import VOCAB_SIZE, build_tokenizer, untrained_model
 from conftest import ROOT
 from generations import TOP, kl_divergence, score_generation, write_generations
-from progress import clock, seconds_left, step_line
+
+from verl.utils.logger import LocalLogger
 
 EXAMPLE = ROOT / "examples" / "on_policy_distillation"
 
@@ -106,6 +108,29 @@ def test_a_run_is_a_file_or_a_folder_with_or_without_a_name(tmp_path):
     assert [report.read_file_or_folder(path) for path in paths.values()] == [METRICS, METRICS]
     with pytest.raises(ValueError, match="no metrics"):
         report.read_file_or_folder(tmp_path / "nothing")
+
+
+def test_a_run_is_read_from_what_its_console_said(tmp_path, capsys):
+    """VERL's own console logger, in an actor of Ray's; there is more in such a file."""
+    run = METRICS | {
+        3: {"distillation/kl": np.float64(0.125), "val-core/a b:c/acc/mean@1": 1, "timing_s/step": math.nan}
+    }
+    for step, data in run.items():
+        LocalLogger().log(data, step)
+    lines = capsys.readouterr().out.splitlines()
+    (tmp_path / "train.log").write_text(
+        "step  1/3   KL 0.5   3.0 s\n" + "".join(f"\x1b[36m(TaskRunnerV1 pid=7)\x1b[0m {line}\n" for line in lines)
+    )
+    assert report.read_file_or_folder(tmp_path / "train.log") == run | {3: run[3] | {"timing_s/step": None}}
+
+
+def test_where_nothing_has_metrics_the_keys_that_keep_them_are_named(tmp_path, make_report):
+    (tmp_path / "train.log").write_text("Total steps: 15\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("train.log", "empty.jsonl", "checkpoints"):
+        with pytest.raises(SystemExit, match=r"trainer\.logger=\[console,file\]"):
+            make_report(tmp_path / name)
 
 
 def test_a_path_may_have_an_equals_sign(tmp_path, make_report):
@@ -234,6 +259,7 @@ def test_the_page_is_one_file_with_its_pictures(tmp_path, make_report, capsys):
     assert page.count("data:image/svg+xml;base64,") == 4
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "report.html" in capsys.readouterr().out
+    assert "teacher.dump_freq" not in page
 
 
 def test_the_page_says_which_pictures_it_lacks_and_why(tmp_path, make_report):
@@ -241,6 +267,7 @@ def test_the_page_says_which_pictures_it_lacks_and_why(tmp_path, make_report):
     write_metrics(tmp_path / "mine.jsonl")
     page = make_report(tmp_path / "mine.jsonl")
     assert re.findall("<li>(.*?)</li>", page) == ["Same most likely token: <code>distillation/top1_agreement</code>"]
+    assert "No tokens: <code>teacher.dump_freq=N</code>" in page and "<code>--generations TITLE=FILE</code>" in page
     write_metrics(tmp_path / "mine.jsonl", {1: {"distillation/kl": None}})
     page = make_report(tmp_path / "mine.jsonl")
     assert "data:image" not in page
@@ -260,7 +287,6 @@ def test_every_data_source_of_validation_has_its_picture(tmp_path, make_report):
     page = make_report(tmp_path / "mine.jsonl")
     assert re.findall('<img alt="([^"]*)"', page) == ["Held-out accuracy: openai/gsm8k", "Held-out reward: math"]
     assert metrics.accuracy(validated) == 0.5
-    assert step_line(0, 9, validated) == "step   0/9   held-out accuracy openai/gsm8k 50.0%, math -50.0%"
 
 
 def test_without_matplotlib_it_says_so(monkeypatch):
@@ -348,26 +374,38 @@ def test_what_a_student_never_says_adds_nothing_to_its_kl():
     assert kl_divergence(torch.full((1, 2), math.nan), log_t[:1]).isnan().all()  # not hidden
 
 
-def test_progress_says_step_kl_accuracy_seconds_and_time_left():
-    assert seconds_left(METRICS, 1, 11) == pytest.approx(30.0)
-    assert seconds_left(METRICS, 2, 12) == pytest.approx(45.0)
-    assert seconds_left(METRICS, 0, 12) is None and seconds_left(METRICS, 2, 2) is None
-    line = step_line(2, 12, METRICS[2], seconds_left(METRICS, 2, 12))
-    assert line == "step   2/12   KL 0.2500   5.0 s   held-out accuracy 60.0%   0:45 min left"
-    assert clock(61) == "1:01 min"
+# What a driver prints, with Ray's names before it or without, and what of it is shown.
+OUTPUT = """
+(TaskRunnerV1 pid=11) step:1 - distillation/kl:0.5 - timing_s/step:2.0
+(TaskRunnerV1 pid=11) step 1/9   KL 0.5000   2.0 s   0:00:16 left
+(WorkerDict pid=12, ip=10.0.0.2) Total steps: 9
+(TaskRunnerV1 pid=11, ip=10.0.0.2) step 2/9   reward 0.250   2.0 s
+step 9/9   done; the trained model: /checkpoints
+(TaskRunnerV1 pid=11) step 3/9   KL"""
+SHOWN = """
+a   step 1/9   KL 0.5000   2.0 s   0:00:16 left
+a   step 2/9   reward 0.250   2.0 s
+a   step 9/9   done; the trained model: /checkpoints
+"""
 
 
-def test_progress_goes_on_where_a_number_is_not_finite(tmp_path):
-    """VERL's logger writes such a number as null."""
-    validated = {"timing_s/step": None, "timing_s/testing": None, "val-core/task/acc/mean@1": None}
-    write_metrics(
-        tmp_path / "run.jsonl",
-        {1: {"distillation/kl": None, "timing_s/step": 2.0}, 2: {"critic/score/mean": None, **validated}},
-    )
-    run = metrics.read_metrics(tmp_path / "run.jsonl")
-    assert step_line(1, 9, run[1], seconds_left(run, 1, 9)) == "step   1/9   KL nan   2.0 s   0:16 min left"
-    line = step_line(2, 9, run[2], seconds_left(run, 2, 9))
-    assert line == "step   2/9   reward nan   nan s   held-out accuracy nan   0:14 min left"
+def test_what_the_trainer_says_of_its_steps_is_shown_and_all_is_kept(tmp_path, capsys):
+    (tmp_path / "train.log").write_text("step 8/9   of an earlier start\n")
+    progress.train(tmp_path, ["printf", "%s", OUTPUT], label="a   ")
+    first, shown = capsys.readouterr().out.split("\n", 1)
+    assert first.startswith("a   training with VERL") and "train.log" in first
+    assert "\n" + shown == SHOWN  # the last line is not whole
+    assert (tmp_path / "train.log").read_text() == "step 8/9   of an earlier start\n" + OUTPUT
+
+
+def test_a_line_is_shown_once_it_is_whole(tmp_path):
+    with open(tmp_path / "log", "w") as output, open(tmp_path / "log") as log:
+        seen = []
+        for part in ("one\ntw", "", "o\n", "three\n"):
+            output.write(part)
+            output.flush()
+            seen.append(progress.whole_lines(log))
+    assert seen == [["one\n"], [], ["two\n"], ["three\n"]]
 
 
 def trainer(pid_file, before=""):
@@ -402,7 +440,7 @@ def test_a_trainer_does_not_outlive_an_error_of_its_progress(tmp_path, monkeypat
     monkeypatch.setattr(progress, "follow", fail)
     monkeypatch.setattr(progress, "SECONDS_TO_END", 0.5)
     with pytest.raises(RuntimeError, match="of any kind"):
-        progress.train(tmp_path, 1, trainer(tmp_path / "pid", before))
+        progress.train(tmp_path, trainer(tmp_path / "pid", before))
     assert not is_running(*pids)
 
 
@@ -419,15 +457,6 @@ def end(command, pid_files, number):
     return running, output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-@pytest.mark.skipif(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="in the background SIGINT is ignored")
-def test_a_trainer_does_not_outlive_a_signal_to_its_progress(tmp_path, number):
-    command = [sys.executable, "progress.py", str(tmp_path), "1", "--", *trainer(tmp_path / "pid")]
-    running, output = end(command, [tmp_path / "pid"], number)
-    assert not running
-    assert "Traceback" not in output and "training failed" not in output
-
-
 # Two trainers at a time, as headline.py has them; the third must not start.
 IN_THREADS = """
 import sys
@@ -438,13 +467,15 @@ from progress import end_with_trainers, train
 folder = Path(sys.argv[1])
 end_with_trainers()
 with ThreadPoolExecutor(2) as pool:
-    list(pool.map(lambda name: train(folder / name, 1, [*sys.argv[2:-1], sys.argv[-1].replace("NAME", name)]), "abc"))
+    list(pool.map(lambda name: train(folder / name, [*sys.argv[2:-1], sys.argv[-1].replace("NAME", name)]), "abc"))
 """
 
 
-def test_trainers_of_other_threads_end_too(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="in the background SIGINT is ignored")
+def test_trainers_do_not_outlive_a_signal_to_their_progress(tmp_path, number):
     command = [sys.executable, "-c", IN_THREADS, str(tmp_path), *trainer(tmp_path / "NAME.pid")]
-    running, output = end(command, [tmp_path / "a.pid", tmp_path / "b.pid"], signal.SIGTERM)
+    running, output = end(command, [tmp_path / "a.pid", tmp_path / "b.pid"], number)
     assert not running
     assert not (tmp_path / "c.pid").exists()
-    assert "training failed" not in output
+    assert "Traceback" not in output and "training failed" not in output

@@ -21,6 +21,7 @@ where training runs (fork.py).
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -563,3 +564,36 @@ def test_a_teacher_with_added_tokens_and_a_switch_between_the_kls(several_turns)
     assert steps[1]["distillation/teacher_entropy"] > 4.0
     assert steps[1]["distillation/loss"] == pytest.approx(steps[1]["distillation/forward_kl"], rel=1e-4)
     assert steps[1]["distillation/loss"] != pytest.approx(steps[1]["distillation/kl"], rel=1e-2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a run says of itself
+
+
+def said(folder):
+    """What the trainer said of its steps, in the output of its first start below `folder`."""
+    return re.findall(r"step +\d+/\d+   .*", (folder / "0000.log").read_text(errors="replace"))
+
+
+def assert_says_each_step(lines, steps, has_reward):
+    for (step, metrics), line in zip(steps.items(), lines, strict=True):
+        numbers = [f"step {step}/6"]
+        if step > 0:
+            numbers.append(f"KL {metrics['distillation/kl']:.4f}")
+            numbers += [f"reward {metrics['critic/score/mean']:.3f}"] * has_reward
+            numbers.append(f"{metrics['timing_s/step']:.1f} s")
+        assert line.startswith("   ".join(numbers))
+        assert (re.search(r"   \d+:\d\d:\d\d left", line) is not None) == (0 < step < 6)
+        assert ("   held-out " in line) == (accuracy(metrics) is not None)
+
+
+def test_a_run_says_how_it_goes_and_where_its_model_is(pure, pure_folder):
+    *lines, last = said(pure_folder)
+    assert_says_each_step(lines, pure, has_reward=False)
+    assert last.startswith("step 6/6   done; ") and f"{pure_folder}/checkpoints/global_step_6/actor" in last
+
+
+def test_a_hybrid_run_in_a_patched_verl_says_its_reward_too(hybrid, hybrid_folder):
+    *lines, last = said(hybrid_folder)
+    assert_says_each_step(lines, hybrid, has_reward=True)
+    assert last.startswith(f"step 6/6   done; no checkpoint in {hybrid_folder}/checkpoints: trainer.save_freq=N writes")

@@ -13,12 +13,13 @@
 # limitations under the License.
 """On-policy distillation beside any VERL: importing this package gives VERL the modules that a patched one has.
 
-`import verl` imports it (entry point of the group ``verl.plugins``), in every process. Two things happen then, and both
-are cheap; neither loads torch or the trainer:
+`import verl` imports it (entry point of the group ``verl.plugins``), in every process. Three things happen then. All
+are cheap, and none loads torch or the trainer:
 
 - The repository's files of the package ``verl``, which are installed in a directory of their own, become importable
   under their names: ``verl.trainer.ppo.on_policy_distillation`` and so on.
 - The two policy losses register as soon as somebody imports VERL's registry, ``verl.trainer.ppo.core_algos``.
+- A warning that VERL repeats for every sample is said once in each process (``repeats.py``).
 
 A VERL that has the patch is left alone: it has its own files. ``VERL_PLATFORM=cpu`` registers the CPU platform. Where
 plugins are switched off, ``VERL_USE_EXTERNAL_MODULES=verl_on_policy_distillation`` does the same.

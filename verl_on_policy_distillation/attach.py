@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Iterable
 
 from .guard import refuse_without_teacher
+from .repeats import drop_repeats
 
 __all__ = ["DISTRIBUTION", "FILES", "Finder", "attach", "is_patched"]
 
@@ -34,6 +35,7 @@ LOSSES = "verl.trainer.ppo.on_policy_distillation"
 REGISTRY = "verl.trainer.ppo.core_algos"
 CHECKS = "verl.utils.config"
 CPU_PLATFORM = "verl.plugin.cpu"
+CONTINUOUS_TOKENS = "verl.utils.tokenizer.continuous_token_wiring"
 
 
 def _files() -> Path:
@@ -104,7 +106,7 @@ def _load_after_import():
 def _attach() -> None:
     if any(isinstance(finder, Finder) for finder in sys.meta_path):
         return
-    callbacks = {REGISTRY: _register_losses, CHECKS: _check_trainer}
+    callbacks = {REGISTRY: _register_losses, CHECKS: _check_trainer, CONTINUOUS_TOKENS: drop_repeats}
     if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
         callbacks["verl"] = _register_cpu
     after_import = _load_after_import()

@@ -388,7 +388,7 @@ def trained(run: Run, common: Setup, out: Path, sources: Sources, measure: Calla
             "VERL_USE_EXTERNAL_MODULES": "verl_on_policy_distillation,baselines_plugin",
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
-        train(folder, common.methods[run.method].steps, command, environment, label=f"{out.name} {run.name}   ")
+        train(folder, command, environment, label=f"{out.name} {run.name}   ")
         measured = measure()
         done.write_text(json.dumps({"settings": settings} | measured) + "\n")
     return measured

@@ -51,6 +51,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 HERE = Path(__file__).resolve().parent
 ACTOR = "actor_rollout_ref.actor"
+TOTAL_STEPS = "trainer.total_training_steps"
 DATA_SOURCE = "text"
 
 DROP, STEPS = 3, 8
@@ -203,7 +204,7 @@ def trainer_command(out: Path, model: str, steps: int, template: str, machine: s
         "actor_rollout_ref.rollout.n=1",
         f"{ACTOR}.ppo_mini_batch_size={PROMPTS // UPDATES}",
         f"{ACTOR}.optim.lr={LEARNING_RATE}",
-        f"{quickstart.STEPS}={steps}",
+        f"{TOTAL_STEPS}={steps}",
         f"trainer.total_epochs={steps}",  # enough: an epoch has a step or more
         "trainer.val_before_train=False",
         "trainer.test_freq=-1",
@@ -313,7 +314,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             f"{parsed.model} does not exist: give the folder of a Hugging Face checkpoint, or a name on the Hub"
         )
     for said in parsed.rest:
-        if said.lstrip("+~").partition("=")[0] == quickstart.STEPS:
+        if said.lstrip("+~").partition("=")[0] == TOTAL_STEPS:
             parser.error(f"{said}: give the number of steps with --steps")
     parsed.text = parsed.text and str(Path(parsed.text).resolve())
     return parsed
@@ -332,7 +333,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         template = plain_template(AutoTokenizer.from_pretrained(model))
         machine = quickstart.this_machine()
         command = trainer_command(out, model, settings["steps"], template, machine, settings["overrides"])
-        train(out, settings["steps"], command, quickstart.MACHINES[machine])
+        train(out, command, quickstart.MACHINES[machine])
         results = results_of(out, record, settings)
         path.write_text(json.dumps(results, indent=2) + "\n")
     if not (out / "report.html").exists():

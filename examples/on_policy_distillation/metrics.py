@@ -11,9 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The metrics that VERL's file logger leaves in FOLDER/metrics, one file for each time the trainer was started."""
+"""The metrics that VERL's loggers leave: in FOLDER/metrics, a file for each start of the trainer; or on its console."""
 
 import json
+import math
 import re
 import reprlib
 from collections.abc import Iterable
@@ -24,6 +25,11 @@ StepMetrics = dict[str, float | None]  # the logger writes NaN and infinity as n
 
 # VERL's main number for each data source it validates on; a data source may have slashes of its own.
 MEAN_SCORE = re.compile(r"val-core/(?P<data_source>.*)/(?P<metric>acc|reward)/(?P<mean>mean@\d+)")
+
+
+# What VERL's console logger prints of a step, after what Ray puts before it.
+CONSOLE_LINE = re.compile(r"(?:^|\s)step:(?P<step>\d+) - (?P<metrics>\S.*)")
+CONSOLE_NUMBER = re.compile(r"(?:np\.\w+\()?(?P<number>[-+\w.]+)\)?")
 
 
 def metric_files(folder: Path) -> list[Path]:
@@ -63,6 +69,27 @@ def read_metrics(path: Path) -> dict[int, StepMetrics]:
     """Metrics by step. A last line that is still being written is left for later."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return dict(step_and_metrics(line, path, number) for number, line in enumerate(lines, 1))
+
+
+def console_number(text: str) -> float | None:
+    """None for what is not finite, as in the other files, and for what is no number, such as True."""
+    match = CONSOLE_NUMBER.fullmatch(text)
+    try:
+        number = float(match["number"] if match else text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def read_console(path: Path) -> dict[int, StepMetrics]:
+    """Metrics by step, of a trainer's output that somebody kept; empty if its console logger was off."""
+    steps: dict[int, StepMetrics] = {}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        if match := CONSOLE_LINE.search(line):
+            pairs = (part.rpartition(":") for part in match["metrics"].split(" - "))
+            steps[int(match["step"])] = {name: console_number(text) for name, _, text in pairs if name}
+    return steps
 
 
 def read_run(folder: Path) -> dict[int, StepMetrics]:

@@ -27,7 +27,6 @@ from progress import end_with_trainers, overrides_of, train
 
 HERE = Path(__file__).resolve().parent
 ACTOR = "actor_rollout_ref.actor"
-STEPS = "trainer.total_training_steps"
 # By machine, what its <machine>_overrides.txt wants in the environment beside it.
 MACHINES = {
     "cpu": {"VERL_PLATFORM": "cpu"},
@@ -61,7 +60,7 @@ def overrides(folder: Path, machine: str) -> list[str]:
         f"{ACTOR}.ppo_mini_batch_size=64",
         f"{ACTOR}.optim.lr=2e-4",
         f"reward.custom_reward_function.path={HERE}/arithmetic.py",
-        f"{STEPS}=15",
+        "trainer.total_training_steps=15",
         "trainer.total_epochs=1000",  # the steps alone are to end it; by default 30 epochs do
         "trainer.test_freq=3",
         "trainer.save_freq=5",
@@ -74,21 +73,12 @@ def overrides(folder: Path, machine: str) -> list[str]:
     ]
 
 
-def steps_of(arguments: list[str]) -> int:
-    """The last of the `arguments` that says how many there are, as Hydra reads them."""
-    said = [argument for argument in arguments if argument.lstrip("+").startswith(f"{STEPS}=")][-1]
-    number = said.partition("=")[2]
-    if not number.isdecimal():
-        sys.exit(f"{said}: give the number of steps, such as {STEPS}=15.")
-    return int(number)
-
-
 def run(folder: Path, more: list[str]) -> None:
     """Train with `more` overrides; metrics and output go to `folder`."""
     machine = this_machine()
     arguments = [*overrides(folder, machine), *more]
     command = [sys.executable, "-m", "verl.trainer.main_on_policy_distillation", *arguments]
-    train(folder, steps_of(arguments), command, MACHINES[machine])
+    train(folder, command, MACHINES[machine])
 
 
 def main() -> None:

@@ -15,10 +15,11 @@
 
     python report.py --out report.html [NAME=]RUN ... [--generations TITLE=FILE ...]
 
-RUN is a metrics file of VERL (trainer.logger=file, VERL_FILE_LOGGER_PATH=FILE), or a folder with metrics/*.jsonl as the
-quickstart leaves one. Any run of the two distillation losses will do, and runs without a teacher for comparison; a
-picture shows the runs that have its metrics, and the page says which pictures no run has the metrics for. Needs jinja2
-and pandas, which come with VERL, and matplotlib.
+RUN is what VERL's loggers left of a run: the metrics file of trainer.logger=[file], the trainer's output with
+trainer.logger=[console], kept in a file, or a folder with metrics/*.jsonl as the quickstart leaves one. Any run of the
+two distillation losses will do, and runs without a teacher for comparison; a picture shows the runs that have its
+metrics, and the page says which pictures no run has the metrics for. Needs jinja2 and pandas, which come with VERL, and
+matplotlib.
 
 NAME and TITLE are by default the folder's name, or the file's without .jsonl. Each must be given once.
 
@@ -47,8 +48,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metrics import StepMetrics, json_object, mean_scores, read_metrics, read_run
+from metrics import StepMetrics, json_object, mean_scores, read_console, read_metrics, read_run
 
+KEEP_METRICS = (
+    "start the run with 'trainer.logger=[console,file]', and give the metrics file that VERL writes then, "
+    "<trainer.project_name>/<trainer.experiment_name>.jsonl where it was started, or VERL_FILE_LOGGER_PATH; or give "
+    "the trainer's output, kept in a file"
+)
 NEEDS = "report.py needs {0}, which is not installed: pip install {0}"
 
 try:
@@ -106,9 +112,12 @@ def split_name(argument: str) -> tuple[str, Path]:
 
 
 def read_file_or_folder(path: Path) -> Metrics:
-    run = read_run(path) if path.is_dir() else read_metrics(path)
+    try:
+        run = read_run(path) if path.is_dir() else read_console(path) or read_metrics(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {KEEP_METRICS}") from None
     if not run:
-        raise ValueError(f"{path} has no metrics: give a metrics file of VERL, or a folder with metrics/*.jsonl")
+        raise ValueError(f"{path} has no metrics: {KEEP_METRICS}")
     return run
 
 

@@ -32,7 +32,6 @@ another. Results go to DIR/<prompt>/results.json. A run whose results are there 
 
 import argparse
 import json
-import os
 import random
 import sys
 import time
@@ -238,7 +237,7 @@ def distill(out: Path, prompt: str, overrides: list[str]) -> dict:
     """Train, and measure: greedy accuracy on the held-out problems, and what the trainer logged."""
     folder = out / prompt
     folder.mkdir(exist_ok=True)
-    train(folder, STEPS, trainer_command(out, prompt, overrides), os.environ | {"VERL_PLATFORM": "cpu"})
+    train(folder, trainer_command(out, prompt, overrides), {"VERL_PLATFORM": "cpu"})
     run = read_run(folder)
     return {
         "held_out_accuracy": {

@@ -40,6 +40,7 @@ from verl.on_policy_distillation.checks import (
 from verl.on_policy_distillation.config import PURE, is_distillation_loss
 from verl.on_policy_distillation.dump import DUMP_PATH
 from verl.on_policy_distillation.losses import GLOBAL_STEPS
+from verl.on_policy_distillation.progress import ShowsProgress, with_progress
 from verl.on_policy_distillation.routing import Routes
 from verl.on_policy_distillation.storage_watch import StorageWatch
 from verl.on_policy_distillation.teacher_prompts import PromptSettings
@@ -73,7 +74,7 @@ def with_teacher(trainer_cls: type[PPOTrainer], config: DictConfig) -> type[PPOT
 
 
 def register_with_teacher(config: DictConfig) -> None:
-    """Put `with_teacher` of the trainer's class in its place in VERL's registry, for this process.
+    """Put `with_progress` and `with_teacher` of the trainer's class in its place in VERL's registry, for this process.
 
     VERL looks the class up by ``trainer_mode``, which it compares by name elsewhere too, so there is no name of ours.
     """
@@ -81,12 +82,12 @@ def register_with_teacher(config: DictConfig) -> None:
 
     mode = config.trainer.v1.trainer_mode
     if mode in TRAINER_REGISTRY:
-        TRAINER_REGISTRY[mode] = with_teacher(TRAINER_REGISTRY[mode], config)
+        TRAINER_REGISTRY[mode] = with_progress(with_teacher(TRAINER_REGISTRY[mode], config))
 
 
 @cache
 def task_runner_class(task_runner: Any) -> Any:
-    """VERL's Ray actor class `task_runner`, which runs a trainer, made to run it with a teacher."""
+    """VERL's Ray actor class `task_runner`, which runs a trainer, made to run it as `register_with_teacher` has it."""
 
     return _remote(task_runner, _runner_with_teacher)
 
@@ -110,7 +111,7 @@ def _remote(actor_class: Any, change: Callable[[type], type]) -> Any:
     return ray.remote(**options)(changed) if options else ray.remote(changed)
 
 
-class _TrainerWithTeacher(PPOTrainer):
+class _TrainerWithTeacher(ShowsProgress, PPOTrainer):
     """The actor's workers get teachers, which score each batch right before the actor's update."""
 
     def _init_resource_pool_mgr(self) -> None:
@@ -189,6 +190,8 @@ class _TrainerWithTeacher(PPOTrainer):
 
 class _PureTrainer(_TrainerWithTeacher):
     """The divergence alone: nothing of RL is computed between rollout and update."""
+
+    has_reward = False
 
     def _log_probs_field(self) -> Optional[str]:
         return "rollout_log_probs" if self.config.actor_rollout_ref.rollout.calculate_log_probs else None

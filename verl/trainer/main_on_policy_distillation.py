@@ -15,7 +15,7 @@
 
     python -m verl.trainer.main_on_policy_distillation <the arguments of verl.trainer.main_ppo>
 
-With any other policy loss it is ``main_ppo``; in a patched VERL it is always that.
+With any other policy loss it is ``main_ppo``, and says how the run goes; in a patched VERL it is always ``main_ppo``.
 """
 
 import sys
@@ -27,7 +27,6 @@ from omegaconf import DictConfig
 from verl.on_policy_distillation import hydra_source
 from verl.on_policy_distillation.checks import prepare, refuse_misspelt_overrides
 from verl.trainer import main_ppo
-from verl.trainer.ppo.on_policy_distillation import is_distillation_loss
 
 __all__ = ["main", "run"]
 
@@ -38,10 +37,10 @@ def _is_patched() -> bool:
 
 
 def run(config: DictConfig) -> None:
-    """`main_ppo.main` for a composed configuration, with a teacher where the policy loss asks for one."""
+    """`main_ppo.main` for a composed configuration; the trainer shows its progress, with a teacher if it needs one."""
     if not _is_patched():
         prepare(config)  # of another loss too: it may be one of ours misspelt, or have a teacher that it would ignore
-        if is_distillation_loss(config.actor_rollout_ref.actor.policy_loss.loss_mode):
+        if config.trainer.use_v1:  # a distillation loss has been refused without it
             from verl.on_policy_distillation.trainer import task_runner_class
 
             # The body of VERL's main, which a fork may have edited, hands this class to Ray.
