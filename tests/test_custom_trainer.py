@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The example of a training loop of one's own: against dense logits, and as a user starts it, where there is no VERL."""
+"""The example of a training loop of one's own: against dense logits, and as a user starts it, without VERL."""
 
 import os
 import re
