@@ -1,0 +1,92 @@
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The documents: tables that are made from the code, links that lead somewhere, and what is said in one place only."""
+
+import re
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import make_config_reference
+import pytest
+import yaml
+from conftest import ROOT
+
+from verl.on_policy_distillation.config import DistillationLossConfig, TeacherConfig
+
+DOCUMENTS = [ROOT / name for name in ("README.md", "ON_POLICY_DISTILLATION.md", "PATCH_README.md", "CONTRIBUTING.md")]
+DOCUMENTS += [path for folder in ("docs", "examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.md"))]
+DOCUMENTS += [path for path in [ROOT / "CHANGELOG.md"] if path.is_file()]
+
+
+def leaves(group, prefix=""):
+    """The keys of a YAML group, those of its subgroups with a point; a group without keys is one."""
+    for key, value in group.items():
+        if key not in ("defaults", "_target_"):
+            yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [prefix + key]
+
+
+def test_the_configuration_reference_is_what_the_code_says():
+    text = make_config_reference.PAGE.read_text(encoding="utf-8")
+    assert make_config_reference.build(text) == text, "run scripts/make_config_reference.py"
+
+
+@pytest.mark.parametrize(("group", "config_class"), [("loss", DistillationLossConfig), ("teacher", TeacherConfig)])
+def test_every_key_is_in_the_configuration_reference(group, config_class):
+    page = make_config_reference.PAGE.read_text(encoding="utf-8")
+    section = page.partition(f"<!-- {group}:begin -->")[2].partition(f"<!-- {group}:end -->")[0]
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*) \|$", section, flags=re.MULTILINE))
+    path, _ = make_config_reference.GROUPS[group]
+    wanted = {*leaves(yaml.safe_load(path.read_text())), *(item.name for item in fields(config_class))} - {"_target_"}
+    assert wanted <= set(rows)
+    for item in fields(config_class):  # its default, as Python has it
+        if isinstance(item.default, str | int | float) and not isinstance(item.default, bool) and item.name[0] != "_":
+            assert f"| `{item.default}` |" in rows[item.name]
+
+
+def test_a_key_without_a_meaning_and_a_refusal_of_no_key_are_errors(tmp_path):
+    path, _ = make_config_reference.GROUPS["loss"]
+    silent = tmp_path / "silent.yaml"
+    silent.write_text(re.sub(r"# Softmax temperature.*\n", "", path.read_text()))
+    with pytest.raises(make_config_reference.ReferenceError, match="no comment above.*distillation_temperature"):
+        make_config_reference.table(silent, DistillationLossConfig)
+    with pytest.raises(make_config_reference.ReferenceError, match="differ in"):
+        make_config_reference.table(path, TeacherConfig)
+
+    class Renamed(DistillationLossConfig):
+        __doc__ = DistillationLossConfig.__doc__.replace("distillation_beta:", "distillation_gamma:")
+
+    with pytest.raises(make_config_reference.ReferenceError, match="Refused.*distillation_gamma"):
+        make_config_reference.table(path, Renamed)
+
+
+@cache
+def anchors(path):
+    """The names that GitHub gives to a document's headings."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document):
+    broken = []
+    for target in re.findall(r"(?<!!)\[[^]]*\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        if not path.exists() or anchor and anchor not in anchors(Path(path)):
+            broken.append(target)
+    assert broken == []
