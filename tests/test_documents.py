@@ -13,6 +13,7 @@
 # limitations under the License.
 """The documents: tables that are made from the code, links that lead somewhere, and what is said in one place only."""
 
+import ast
 import re
 from dataclasses import fields
 from functools import cache
@@ -23,6 +24,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from verl.on_policy_distillation import divergence
 from verl.on_policy_distillation.config import DistillationLossConfig, TeacherConfig
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "ON_POLICY_DISTILLATION.md", "PATCH_README.md", "CONTRIBUTING.md")]
@@ -69,6 +71,35 @@ def test_a_key_without_a_meaning_and_a_refusal_of_no_key_are_errors(tmp_path):
 
     with pytest.raises(make_config_reference.ReferenceError, match="Refused.*distillation_gamma"):
         make_config_reference.table(path, Renamed)
+
+
+def test_the_mathematics_of_the_guide_are_those_of_divergence_py():
+    """The definitions and the table, line by line; the lines below and above its columns are drawn differently."""
+    section = (ROOT / "ON_POLICY_DISTILLATION.md").read_text(encoding="utf-8").partition("\n## The divergences\n")[2]
+    shown = [line for block in re.findall(r"^```\n(.*?)^```", section, re.M | re.S)[:2] for line in block.splitlines()]
+    stated = [line.strip() for line in divergence.__doc__.splitlines()]
+    ruled = [line.replace("-", "=") if not line.strip("- ") else line.strip() for line in shown]
+    assert len(ruled) == 10
+    assert [line for line in ruled if line not in stated] == []
+
+
+@cache
+def messages():
+    """Every text that our code may say, as one string; what a program puts into it is left out."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "verl").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    """But for those of Python, Hydra and VERL, whose row says so."""
+    text = (ROOT / "docs" / "TROUBLESHOOTING.md").read_text(encoding="utf-8")
+    section = text.partition("\n## It does not start")[2].partition("\n## ")[0]
+    first_cells = re.sub(r" \| .*", "", section)
+    quoted = re.findall(r'"([^"\n]+)"( \((?:Python|Hydra|VERL)\))?', first_cells)
+    parts = [part.strip() for quote, foreign in quoted if not foreign for part in quote.split("…")]
+    assert len(quoted) >= 15
+    assert [part for part in parts if part not in messages()] == []
 
 
 @cache
