@@ -19,11 +19,13 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+import make_batch_drawing
 import make_config_reference
 import pytest
 import yaml
 from conftest import ROOT
 
+import verl
 from verl.on_policy_distillation import divergence
 from verl.on_policy_distillation.config import DistillationLossConfig, TeacherConfig
 
@@ -81,6 +83,30 @@ def test_the_mathematics_of_the_guide_are_those_of_divergence_py():
     ruled = [line.replace("-", "=") if not line.strip("- ") else line.strip() for line in shown]
     assert len(ruled) == 10
     assert [line for line in ruled if line not in stated] == []
+
+
+def test_the_drawing_of_a_batch_is_that_of_its_description():
+    assert make_batch_drawing.PICTURE.read_text(encoding="utf-8") == make_batch_drawing.build(), (
+        "run scripts/make_batch_drawing.py"
+    )
+
+
+def test_files_and_functions_of_the_drawing_exist():
+    shapes = (*make_batch_drawing.BOXES, *make_batch_drawing.ARROWS)
+    named = re.findall(r"`([^`]+)`(?:: (\w+)\(\))?", "\n".join(line for shape in shapes for line in shape.lines))
+    assert len(named) >= 15
+    for name, function in named:
+        ours = ROOT / "verl" / (name if "/" in name else f"on_policy_distillation/{name}")
+        path = ours if ours.is_file() else Path(verl.__file__).parent / name
+        assert path.is_file(), name
+        assert not function or f"def {function}(" in path.read_text(encoding="utf-8"), (name, function)
+
+
+def test_every_module_is_in_the_drawing_or_in_the_text_below_it():
+    text = (ROOT / "ON_POLICY_DISTILLATION.md").read_text(encoding="utf-8").partition("\n## How a batch travels\n")[2]
+    said = text.partition("\n## ")[0] + make_batch_drawing.build()
+    modules = {path.name for path in (ROOT / "verl" / "on_policy_distillation").glob("*.py")} - {"__init__.py"}
+    assert {name for name in modules if name not in said} == set()
 
 
 @cache
