@@ -23,10 +23,13 @@ import make_batch_drawing
 import make_config_reference
 import pytest
 import yaml
+from arithmetic import tiny_model
 from conftest import ROOT
+from test_checks import make_config
 
 import verl
 from verl.on_policy_distillation import divergence
+from verl.on_policy_distillation.checks import prepare
 from verl.on_policy_distillation.config import DistillationLossConfig, TeacherConfig
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "ON_POLICY_DISTILLATION.md", "PATCH_README.md", "CONTRIBUTING.md")]
@@ -126,6 +129,30 @@ def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
     parts = [part.strip() for quote, foreign in quoted if not foreign for part in quote.split("…")]
     assert len(quoted) >= 15
     assert [part for part in parts if part not in messages()] == []
+
+
+def configuration_examples():
+    section = (ROOT / "PATCH_README.md").read_text(encoding="utf-8").partition("\n### Configuration examples\n")[2]
+    return re.findall(r"^```\n(.*?)^```", section.partition("\n## ")[0], re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    student, teacher = tiny_model(folder / "student"), tiny_model(folder / "teacher", seed=1)
+    return f"actor_rollout_ref.model.path={student}", f"teacher.model.path={teacher}"
+
+
+def test_the_configuration_examples_pass_the_checks_at_start(models):
+    found = []
+    for example in configuration_examples():
+        config = make_config(*models, *example.split())
+        prepare(config)
+        found.append(DistillationLossConfig.from_config(config.actor_rollout_ref.actor))
+    assert [item.divergence.distillation_type for item in found[:3]] == ["reverse_kl", "forward_kl", "gkd"]
+    assert [item.hybrid_lambda_distill_schedule for item in found[3:5]] == ["constant", "linear"]
+    assert found[5].token_choice.keep_fraction == 0.5
+    assert config.teacher.topk == 64
 
 
 @cache
