@@ -81,9 +81,9 @@ PACKAGE = {
     PATCH.name: "the patch itself",
     "apply_patch.sh": "applies, checks and removes the patch",
     "README.md": "what this is, two commands, first configuration",
-    "PATCH_README.md": "installation, usage, configuration, troubleshooting",
+    "PATCH_README.md": "installation, settings, troubleshooting, measurements",
     "ON_POLICY_DISTILLATION.md": "the technical document",
-    "examples/on_policy_distillation/README.md": "quickstart, own data, troubleshooting",
+    "examples/on_policy_distillation/README.md": "quickstart, overrides, own models and data",
     "tests/test_on_policy_distillation.py": "tests of the losses; python FILE runs a part without pytest",
 }
 PAGE = """\

@@ -131,6 +131,19 @@ def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
     assert [part for part in parts if part not in messages()] == []
 
 
+def test_the_examples_of_the_guide_run_as_they_are_written():
+    """In one go, as each goes on from the one before; but for the row of a data set, which is no program."""
+    usage = (ROOT / "ON_POLICY_DISTILLATION.md").read_text(encoding="utf-8").partition("\n## Usage\n")[2]
+    blocks = re.findall(r"^```python\n(.*?)^```", usage, re.MULTILINE | re.DOTALL)
+    programs = [block for block in blocks if 'row["prompt"]' not in block]
+    assert len(programs) == len(blocks) - 1 == 5
+    names = {}
+    for program in programs:
+        exec(program, names)
+    assert names["kl"] > 0 and names["output"].metrics["distillation/kl"] == pytest.approx(names["kl"].item())
+    assert names["student_hidden"].grad.abs().sum() > 0 and names["result"].loss > 0
+
+
 def configuration_examples():
     section = (ROOT / "PATCH_README.md").read_text(encoding="utf-8").partition("\n### Configuration examples\n")[2]
     return re.findall(r"^```\n(.*?)^```", section.partition("\n## ")[0], re.MULTILINE | re.DOTALL)
