@@ -14,7 +14,7 @@
 """Writes the tables of benchmarks/results/*.json into benchmarks/RESULTS.md, between their markers.
 
     python benchmarks/render.py            write
-    python benchmarks/render.py --check    exit 1 where RESULTS.md is behind the results
+    python benchmarks/render.py --check    exit 1 where a document is behind the results
 
 What stands outside of the markers, and between those of other benchmarks, stays.
 """
@@ -26,6 +26,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 DOCUMENT = FOLDER / "RESULTS.md"
+GUIDE = FOLDER.parent / "PATCH_README.md"  # what a user of the patch wants to know of it
 
 NAMES = {
     "ours": "ours",
@@ -262,6 +263,27 @@ def teachers() -> str | None:
     return "\n\n".join((condition, steps(medians, titles, header, fields)))
 
 
+def summary() -> str:
+    """The head at its largest size, and a step of the trainer."""
+    heads, update = load("linear_divergence_cpu"), load("trainer_update_cpu")
+    if heads is None or update is None:
+        raise FileNotFoundError("results/linear_divergence_cpu.json or trainer_update_cpu.json is missing")
+    results = Results(heads)
+    n, names = results.tokens[-1], ["ours", "dense", "trl", "liger"]
+    rows = []
+    for kind in results.kinds:
+        seconds = [results.cell(n, kind, name, "seconds", 1.0, None) for name in ["floor", *names]]
+        memory = [results.cell(n, kind, name, "extra_bytes", 1e-6, None) for name in names]
+        rows += [[f"{kind}, seconds", *seconds], [f"{kind}, MB beyond inputs and gradients", "—", *memory]]
+    header = [f"head, n = {n:,}, V = {heads['sizes']['vocab']:,}", "bare products", *map(results.title, names)]
+    titles = {"pure": "pure distillation", "grpo": "GRPO, VERL's own"}
+    fields = ["step without its rollout", "seconds", "update's extra memory, MB"]
+    m = heads["runs"][str(n)]["machine"]
+    what = f"{m['device']}, {m['cores']} cores, no GPU, torch {m['torch']}, float32, {m['date']}."
+    step = steps(update["medians"], titles, fields, ("step_s", "update_extra_mb"))
+    return "\n\n".join((what, table(header, rows), step))
+
+
 # The goals: at most so many times the four bare products, so many times as fast as a peer, GiB beside the inputs.
 FLOOR_GOALS = {"reverse_kl": 1.3, "forward_kl": 1.3, "gkd": 1.5}
 SPEED_GOAL, MEMORY_GOAL = 1.5, 1.5
@@ -474,16 +496,22 @@ def with_section(document: str, name: str, title: str, body: str) -> str:
     return before + block + rest.split(end, 1)[1]
 
 
-def main() -> None:
-    old = DOCUMENT.read_text() if DOCUMENT.exists() else "# Measurements\n"
-    new = old
+def rendered() -> dict[Path, str]:
+    """Each document as it should be."""
+    results = DOCUMENT.read_text() if DOCUMENT.exists() else "# Measurements\n"
     for name, (title, render) in SECTIONS.items():
         body = render()
         if body is not None:
-            new = with_section(new, name, title, body)
+            results = with_section(results, name, title, body)
+    return {DOCUMENT: results, GUIDE: with_section(GUIDE.read_text(), "measured", "Measured results", summary())}
+
+
+def main() -> None:
+    documents = rendered()
     if "--check" in sys.argv[1:]:
-        sys.exit(new != old)
-    DOCUMENT.write_text(new)
+        sys.exit(any(not path.exists() or path.read_text() != text for path, text in documents.items()))
+    for path, text in documents.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

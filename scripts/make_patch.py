@@ -1,4 +1,17 @@
 #!/usr/bin/env python3
+# Copyright 2026 The on-policy-distillation authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Make 0001-on-policy-distillation.patch from verl/ (new files) and scripts/hunks.patch (changes to VERL's files).
 
     scripts/make_patch.py                   write the patch, scripts/generated.patch and PATCH_SUMMARY.txt
@@ -68,9 +81,9 @@ PACKAGE = {
     PATCH.name: "the patch itself",
     "apply_patch.sh": "applies, checks and removes the patch",
     "README.md": "what this is, two commands, first configuration",
-    "PATCH_README.md": "installation, usage, configuration, troubleshooting",
+    "PATCH_README.md": "installation, settings, troubleshooting, measurements",
     "ON_POLICY_DISTILLATION.md": "the technical document",
-    "examples/on_policy_distillation/README.md": "quickstart, own data, troubleshooting",
+    "examples/on_policy_distillation/README.md": "quickstart, overrides, own models and data",
     "tests/test_on_policy_distillation.py": "tests of the losses; python FILE runs a part without pytest",
 }
 PAGE = """\

@@ -25,8 +25,14 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import check_files
 import pytest
+import yaml
 from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import render  # noqa: E402
 
 BOOTSTRAP = ROOT / "scripts" / "bootstrap.sh"
 VENV = ROOT / ".venv"
@@ -51,7 +57,7 @@ def test_processes_of_the_environment_collect_garbage_less_often():
 
 
 def test_benchmark_tables_are_those_of_the_results():
-    succeed(sys.executable, ROOT / "benchmarks" / "render.py", "--check")
+    assert [path.name for path, text in render.rendered().items() if path.read_text(encoding="utf-8") != text] == []
 
 
 def test_the_bars_are_those_of_the_results(monkeypatch):
@@ -128,6 +134,75 @@ def test_wheel_has_our_files_in_their_own_folder_and_the_entry_point(tmp_path):
     assert entry_point.value == "verl_on_policy_distillation"
     # VERL logs a failure here at DEBUG and goes on without the plugin, so nobody would see it.
     assert entry_point.load().__name__ == entry_point.value
+
+
+def test_the_changelog_s_newest_version_is_the_package_s():
+    numbers = re.findall(
+        r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    assert f'\nversion = "{numbers[0]}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert numbers == sorted(numbers, key=lambda number: [int(part) for part in number.split(".")], reverse=True)
+
+
+def test_files_have_licence_and_docstrings():
+    names = [name.as_posix() for name in project_files() if name.suffix == ".py"]
+    assert [line for name in names for line in check_files.complaints(name, (ROOT / name).read_text("utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        (
+            "verl/on_policy_distillation/a.py",
+            f'{check_files.HOLDERS[1]}#\n{check_files.LICENCE}"""A."""\n',
+            "no licence",
+        ),
+        ("examples/a.py", '"""A."""\n', "no licence"),
+        ("tests/a.py", f"{check_files.HOLDERS[0]}#\n{check_files.LICENCE}A = 1\n", "no docstring of the module"),
+        (
+            "verl/on_policy_distillation/a.py",
+            f'{check_files.HOLDERS[0]}#\n{check_files.LICENCE}"""A."""\n__all__ = ["f"]\n\n\ndef f():\n    pass\n',
+            "no docstring of f",
+        ),
+        (
+            "verl/on_policy_distillation/a.py",
+            f'{check_files.HOLDERS[0]}#\n{check_files.LICENCE}"""A."""\nDEVICE = "cuda"\n',
+            "ask verl/utils/device.py",
+        ),
+    ],
+)
+def test_what_a_file_lacks_is_said(name, text, said):
+    [line] = check_files.complaints(name, text)
+    assert line.startswith(name) and said in line
+
+
+def test_every_hook_calls_a_file_that_is_here():
+    [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    entries = {hook["id"]: hook["entry"].split() for hook in repository["hooks"]}
+    assert {"ruff", "ruff-format", "mypy"} <= set(entries)
+    for tool, *arguments in entries.values():
+        assert tool.startswith(".venv/bin/")
+        assert all((ROOT / argument).is_file() for argument in arguments if argument.startswith("scripts/"))
+    generators = {path.name for path in (ROOT / "scripts").glob("make_*.py")}
+    assert generators <= {Path(argument).name for arguments in entries.values() for argument in arguments}
+
+
+def test_the_workflow_runs_what_continuous_integration_calls():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert {"push", "pull_request"} <= set(workflow[True])  # YAML takes the key `on` for a truth value
+    [job] = workflow["jobs"].values()
+    [step] = [step for step in job["steps"] if "run" in step]
+    assert step["run"] == ".ci/run" and (ROOT / ".ci" / "run").stat().st_mode & 0o100
+    assert {"cache": "pip", "python-version": "3.12"}.items() <= job["steps"][1]["with"].items()
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_a_form_asks_for_something(name):
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text())
+    assert form["name"] and form["description"]
+    ids = [field["id"] for field in form["body"]]
+    assert len(ids) == len(set(ids)) and any(field.get("validations", {}).get("required") for field in form["body"])
+    assert all(field["attributes"]["label"] for field in form["body"])
 
 
 def test_no_machine_path_or_registry_host_in_the_repository():

@@ -92,26 +92,26 @@ def is_distillation_loss(loss_mode: str) -> bool:
 class DistillationLossConfig(BaseConfig):
     """The keys of ``policy_loss`` that the two losses read.
 
-    Args:
-        distillation_type (Optional[str]): "reverse_kl", "forward_kl", "gkd" or "skew_reverse_kl" (see
-            verl/on_policy_distillation/divergence.py). None: what `distillation_beta` says, else "reverse_kl".
-        distillation_beta (Optional[float]): weight of the teacher in the mixture of "gkd" and "skew_reverse_kl", in
-            [0, 1]. Without a type it chooses the divergence: 1 reverse KL, 0 forward KL, between "gkd". None: 1.0 for
-            the mixtures, which is reverse KL.
-        distillation_temperature (float): softmax temperature of both sides, positive and finite.
-        distillation_entropy_threshold (Optional[float]): nats, not negative. Forward KL where the teacher's entropy at
-            the distillation temperature is above it, reverse KL elsewhere. None: one divergence for all tokens.
-        distillation_token_selection (str): "all", "top_entropy", "top_divergence" or "prefix": which tokens of each
-            sequence train (see verl/on_policy_distillation/token_choice.py).
-        distillation_keep_fraction (Optional[float]): the share of each sequence's tokens that a selection keeps, in
-            (0, 1], rounded up. None with "all".
-        distillation_loss_max_clamp (Optional[float]): nats, positive. A token whose divergence is above it contributes
-            this and has no gradient. None: no clamp.
-        hybrid_lambda_rl (float): weight of the policy-gradient term in the hybrid loss, not negative.
-        hybrid_lambda_distill (float): weight of the divergence in the hybrid loss, not negative.
-        hybrid_lambda_distill_schedule (str): "constant", or "linear": that weight falls to 0; see `lambda_distill`.
-        hybrid_lambda_distill_steps (Optional[int]): in how many steps it falls, 1 or more. None with "constant".
-        hybrid_rl_loss_mode (str): the registered policy loss that is the RL term of the hybrid loss.
+    What they mean is said in verl/trainer/config/policy_loss/on_policy_distillation.yaml. Every value is checked in
+    both losses, also where it has no effect.
+
+    Refused:
+        distillation_type: any other name.
+        distillation_beta: not a finite number; outside [0, 1]; other than 1 with `reverse_kl` or 0 with `forward_kl`.
+            In the trainer also 0 with `skew_reverse_kl`, which is zero everywhere.
+        distillation_temperature: not a finite number above 0.
+        distillation_entropy_threshold: not a finite number of 0 or more; together with a `distillation_beta`, or with a
+            type other than `reverse_kl`. In the trainer also one that no entropy over the vocabulary (with
+            `teacher.payload=topk`, over k + 1 outcomes) exceeds.
+        distillation_token_selection: none of the four; a selection without a `distillation_keep_fraction`.
+        distillation_keep_fraction: not a finite number in (0, 1]; a fraction without a selection.
+        distillation_loss_max_clamp: not a finite number above 0.
+        hybrid_lambda_rl: not a finite number of 0 or more; both weights 0.
+        hybrid_lambda_distill: not a finite number of 0 or more; both weights 0.
+        hybrid_lambda_distill_schedule: neither of the two; `linear` with a weight of 0 on either term. In the trainer
+            also `linear` with `on_policy_distillation`.
+        hybrid_lambda_distill_steps: with `linear`, no whole number above 0; with `constant`, any number.
+        hybrid_rl_loss_mode: a name that is not registered; one of the two distillation losses.
     """
 
     distillation_type: Optional[str] = None
@@ -228,35 +228,41 @@ class DistillationPolicyLossConfig(DistillationLossConfig, PolicyLossConfig):
 class TeacherConfig(BaseConfig):
     """The teachers, which score the student's sequences once per batch.
 
-    Args:
-        model (HFModelConfig): The teacher's checkpoint; ``model.path`` is the one key without a default.
-        models (dict): Several teachers by name, each with the keys of ``model`` that differ, its ``weight`` in the
-            mixture and the ``route`` that it serves; see verl/on_policy_distillation/routing.py.
-        routing_key (Optional[str]): The field of the data set whose value names the route of a sample.
-        weights_key (Optional[str]): The field of the data set that holds a sample's own weights of the teachers.
-        ema (Optional[float]): How much of a teacher that is the student stays after each step's update, in (0, 1).
-            With neither this nor ``refresh_freq`` it is the initial student, or the base of its LoRA.
-        refresh_freq (Optional[int]): After the updates of how many steps a teacher that is the student takes over its
-            weights.
-        prompt_key (Optional[str]): The field of the data set that holds the teacher's own prompt, a string or chat
-            messages; see verl/on_policy_distillation/teacher_prompts.py. None: the student's prompt.
-        max_prompt_length (Optional[int]): Tokens of that prompt at most. None: ``data.max_prompt_length``.
-        vocab (str): "same" asks for the student's tokenizer. "shared" asks that every id that both tokenizers have
-            means the same, and takes all other entries of a side as one; see verl/on_policy_distillation/buckets.py.
-        fsdp_config (FSDPEngineConfig): How the teacher is sharded. Always forward-only.
-        payload (str): What is kept of the teacher for each response token: "hidden_states" (last hidden states, which
-            the student's head projects with the teacher's output projection, a chunk at a time) or "logits" (the plain
-            reference: every logit, vocab_size / hidden_size times larger).
-        payload_dtype (str): The dtype that the payload is kept in.
-        weights (str): Where the teacher's weights are between its forwards: "offloaded" (in host memory, and on the
-            device a layer at a time) or "resident" (each rank's shards on its device).
-        use_dynamic_bsz (bool): Whether micro-batches are cut by tokens instead of by sequences.
-        micro_batch_size_per_gpu (Optional[int]): Sequences per teacher forward, without dynamic batching.
-        max_token_len_per_gpu (Optional[int]): Tokens per teacher forward, with dynamic batching. None: four times the
-            actor's ``ppo_max_token_len_per_gpu``; see `teacher_tokens`.
-        dump_freq (int): Every how many steps the KL of single tokens is written; -1 never.
-        dump_dir (Optional[str]): The folder for it, on the machine of each worker.
-        dump_size (int): Sequences per rank and dump.
+    What the keys mean is said in verl/trainer/config/teacher/teacher.yaml. What is refused here, checks.py refuses when
+    the trainer starts.
+
+    Refused:
+        model.path: none, with one of the two losses; any, with another loss; a folder that does not exist or is no
+            Hugging Face checkpoint; a weight file that is truncated, missing or unreadable; fewer logits than its
+            tokenizer has ids; a context (`max_position_embeddings`, and the factor of `rope_scaling`) shorter than the
+            longest prompt and response; an output projection under an unknown name, where `payload` is not `logits`.
+            `self`: with `payload=logits`; for more than one teacher; with FSDP1, unless it is the base of a LoRA.
+        models: a key that is none of a model's, `weight` or `route`; weights that are negative, or all 0 on a route; a
+            `route` without `routing_key`; a `weight` with `weights_key`; a `model.path` that no entry uses.
+        routing_key: without `models`; with `weights_key`; no field of the training data; a row that no teacher serves.
+        weights_key: without `models`; with `routing_key`; no field of the training data; a row whose weights are none.
+        ema: outside (0, 1); with `refresh_freq`; without `path=self`; where the actor's `model_dtype` has 16 bits.
+        refresh_freq: no whole number above 0; with `ema`; without `path=self`.
+        prompt_key: no field of the training data; a row that holds neither a string nor chat messages, or is too long
+            with `data.truncation=error`; images, video or audio; a rollout that is several samples.
+        max_prompt_length: without `prompt_key`; no whole number above 0.
+        vocab: neither of the two; `same` with tokenizers that differ in any token; `shared` where an id that both have
+            is another text, or they share none.
+        fsdp_config.strategy: other than `fsdp` and `fsdp2`.
+        fsdp_config.forward_only: false.
+        fsdp_config.model_dtype: no dtype.
+        payload: none of the three.
+        payload_dtype: no dtype.
+        topk: without `payload=topk`; with it, no whole number above 0, or more than there are entries.
+        weights: neither of the two; `resident` where the student is the only teacher, or with the `param_offload` or
+            `offload_policy` of `fsdp_config`.
+        use_dynamic_bsz: neither true nor false.
+        micro_batch_size_per_gpu: with `use_dynamic_bsz`; without it, no whole number above 0, or one that does not
+            divide a device's sequences.
+        max_token_len_per_gpu: without `use_dynamic_bsz`; with it, less than the longest prompt and response.
+        dump_freq: no whole number.
+        dump_dir: none, with a `dump_freq` above 0.
+        dump_size: no whole number above 0.
     """
 
     model: HFModelConfig = field(default_factory=BaseConfig)
