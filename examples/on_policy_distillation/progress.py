@@ -80,7 +80,7 @@ def stop(process: subprocess.Popen) -> None:
 
 def whole_lines(log: TextIO) -> list[str]:
     """Those written since the last call. A line that is still being written is left for later."""
-    lines = []
+    lines: list[str] = []
     while True:
         place = log.tell()
         line = log.readline()
