@@ -203,6 +203,8 @@ def test_the_table_of_tasks():
     assert found["Tokens an answer"] == f"{100 / 256:.1f}"
     assert (found["Base"], found["Teacher"], found["Student"]) == ("40.0 %", "80.0 %", "80.0 %")
     assert found["Ratio, the teacher's level"] == "**6.0** (**4.0**–**8.0**)"
+    short_head, _, short = cells(headline_results.ratio_table([results()]))
+    assert dict(zip(short_head, short, strict=True)).items() <= found.items() and len(short) == 7
 
 
 def test_results_come_back_from_their_file(tmp_path):

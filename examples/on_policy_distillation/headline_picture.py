@@ -35,7 +35,7 @@ from report import import_pyplot
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
-README_TASK, WAYS_TASK = "chain_sum_4", "addition"
+README_TASK, WAYS_TASK = "chain_sum_8", "addition"
 RESULTS = HERE / "results"
 COLOURS = {
     "grpo": "tab:gray",
@@ -170,7 +170,7 @@ def readme_block(every_task: dict[str, dict], link: str) -> str:
         [
             picture(link, "Held-out accuracy against training steps"),
             f"The picture shows {results['task']}. {headline_results.sentence(results)}",
-            headline_results.task_table(list(every_task.values())),
+            headline_results.ratio_table(list(every_task.values())),
         ]
     )
 

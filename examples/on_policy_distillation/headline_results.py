@@ -279,6 +279,12 @@ def task_table(every_task: list[dict]) -> str:
     return markdown([task_row(results) for results in every_task])
 
 
+def ratio_table(every_task: list[dict]) -> str:
+    """The columns of `task_table` that fit a narrow page."""
+    titles = ["Task", "Tokens an answer", "Base", "Teacher", "Student", *(f"Ratio, {to}" for to in MILESTONES.values())]
+    return markdown([{title: task_row(results)[title] for title in titles} for results in every_task])
+
+
 def run_lengths(methods: dict[str, dict]) -> str:
     """Steps of a run, in words."""
     by_steps: dict[int, list[str]] = {}
