@@ -68,8 +68,12 @@ def steps_to_level(results: dict, method: str) -> float | None:
     return None if steps.isna().any() else steps.mean()
 
 
-def draw_curve(axes, results: dict, method: str, colour: str, name: str) -> None:
-    """The mean over seeds, each seed as a thin line, and the step that is at the teacher's level."""
+def draw_curve(axes, results: dict, method: str, colour: str, name: str, place: tuple[int, int]) -> None:
+    """The mean over seeds, each seed as a thin line, and the step that is at the teacher's level.
+
+    Args:
+        place: of the text, in points from that step.
+    """
     runs = best_runs(results, method)
     for run in runs:
         axes.plot(100 * pandas.Series(validated(run["curve"])), color=colour, linewidth=0.7, alpha=0.5)
@@ -81,9 +85,9 @@ def draw_curve(axes, results: dict, method: str, colour: str, name: str) -> None
     height = float(mean[mean.index <= step].iloc[-1])
     axes.plot([step], [height], "o", color=colour, markersize=7)
     axes.annotate(
-        f"{name}:\nstep {step:.0f}",
+        f"{name}:\nthe teacher's level at step {step:.0f}",
         (step, height),
-        xytext=(12, -34),
+        xytext=place,
         textcoords="offset points",
         color=colour,
         fontsize=12,
@@ -97,9 +101,10 @@ def draw_headline(results: dict, path: Path, colours: tuple[str, str]) -> None:
     base = 100 * first_and_last(teacher_curve(results, 0))[0]
     with pyplot.rc_context(on_page(*colours) | {"font.size": 11}):
         figure, axes = pyplot.subplots(figsize=(8, 3.8), layout="constrained")
-        draw_curve(axes, results, "grpo", RL, "GRPO")
-        draw_curve(axes, results, "reverse_kl", OWN, "distillation of its result")
+        draw_curve(axes, results, "grpo", RL, "GRPO", place=(12, -40))
+        draw_curve(axes, results, "reverse_kl", OWN, "distillation of its result", place=(6, 22))
         axes.set_ylim(bottom=base)
+        axes.set_ylim(top=base + 1.25 * (axes.get_ylim()[1] - base))  # room for the text above a curve
         axes.set_xlim(left=0)
         axes.set_ylabel("held-out accuracy, %")
         axes.set_xlabel(f"training step (the accuracy axis starts at the base's {base:.0f} %)")
