@@ -187,3 +187,7 @@ def test_links_lead_somewhere(document):
         if not path.exists() or anchor and anchor not in anchors(Path(path)):
             broken.append(target)
     assert broken == []
+
+
+def test_the_readme_is_a_page():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
