@@ -187,6 +187,8 @@ def cells(markdown):
 def test_text_of_known_curves():
     assert "6.0 (4.0–8.0) × fewer steps to 95 % of the gain" in headline_results.sentence(results())
     assert "6.0 (4.0–8.0) × fewer steps to the teacher's level" in headline_results.sentence(results())
+    said = headline_results.teacher_cost(results())
+    assert "8 steps of GRPO, 1 k tokens and 16 s;" in said and said.endswith("take 0 k tokens and 6 s.")
     rows = {row[0]: row[1:] for row in cells(headline_results.table(results()))}
     *begin, tokens, seconds = rows["reverse KL"]
     assert begin == ["0.01", "2", "80.0 %", "1.5 (1–2)", "1.5 (1–2)"] and seconds == "3 (2–4)"

@@ -185,7 +185,7 @@ def details(results: dict) -> str:
     return "\n\n".join(
         [
             f"## {results['task'].capitalize()}",
-            headline_results.sentence(results),
+            f"{headline_results.sentence(results)} {headline_results.teacher_cost(results)}",
             headline_results.table(results),
             headline_results.conditions(results),
             "Every learning rate of the grid, seed 0: mean held-out accuracy over the run, then that of its last step. "

@@ -251,6 +251,22 @@ def sentence(results: dict) -> str:
     )
 
 
+def whole_cost(results: dict, method: str) -> str:
+    """Tokens and seconds of all steps of a run, the mean over the seeds."""
+    costs = [cost(run["curve"], run["curve"]["step"][-1]) for run in best_runs(results, method)]
+    tokens, seconds = (statistics.fmean(values) for values in zip(*costs, strict=True))
+    return f"{tokens / 1000:.0f} k tokens and {seconds:.0f} s"
+
+
+def teacher_cost(results: dict) -> str:
+    """What has to be paid before there is something to distil."""
+    steps = {method: results["methods"][method]["steps"] for method in MAIN}
+    return (
+        f"The teacher itself costs {steps['grpo']} steps of GRPO, {whole_cost(results, 'grpo')}; all {steps['reverse_kl']} "
+        f"steps of reverse KL, which go on after the milestones, take {whole_cost(results, 'reverse_kl')}."
+    )
+
+
 def answer_tokens(results: dict) -> float:
     """Mean length of the answers of the first GRPO run's last step, EOS included."""
     return teacher_curve(results, 0)["tokens"][-1] / results["rollouts_per_step"]
