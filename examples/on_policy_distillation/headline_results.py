@@ -262,8 +262,9 @@ def teacher_cost(results: dict) -> str:
     """What has to be paid before there is something to distil."""
     steps = {method: results["methods"][method]["steps"] for method in MAIN}
     return (
-        f"The teacher itself costs {steps['grpo']} steps of GRPO, {whole_cost(results, 'grpo')}; all {steps['reverse_kl']} "
-        f"steps of reverse KL, which go on after the milestones, take {whole_cost(results, 'reverse_kl')}."
+        f"The teacher itself costs {steps['grpo']} steps of GRPO, {whole_cost(results, 'grpo')}; all "
+        f"{steps['reverse_kl']} steps of reverse KL, which go on after the milestones, take "
+        f"{whole_cost(results, 'reverse_kl')}."
     )
 
 

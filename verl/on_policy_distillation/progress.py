@@ -24,7 +24,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Mapping
-from statistics import median
+from statistics import median_low
 from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
@@ -72,7 +72,8 @@ class Pace:
         """Seconds after `step`; None after the last step, and before the first."""
         if step >= self._steps or not self._seconds["step"]:
             return None
-        typical = {part: median(seconds) for part, seconds in self._seconds.items() if seconds}
+        # The lower one: of two steps the first also warmed up.
+        typical = {part: median_low(seconds) for part, seconds in self._seconds.items() if seconds}
         typical.setdefault("testing", self._first_validation)
         return sum(self._still_to_come(part, step) * seconds for part, seconds in typical.items())
 
