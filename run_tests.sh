@@ -4,7 +4,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 scripts/bootstrap.sh
 # Without it, the tests that need it are skipped and say so.
-.venv/bin/python -m pip --disable-pip-version-check -q install -r examples/on_policy_distillation/headline_requirements.txt ||
+.venv/bin/python -c 'import reasoning_gym' 2>/dev/null ||
+    .venv/bin/python -m pip --disable-pip-version-check -q install -r examples/on_policy_distillation/headline_requirements.txt ||
     echo "run_tests: reasoning-gym could not be installed (see above); the tests of its tasks are skipped"
 # Two files of tests at a time, of one thread each: -n 0 runs one after the other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

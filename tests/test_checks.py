@@ -78,6 +78,7 @@ def make_config(*overrides):
     """The same as `composed`, without reading VERL's files each time. For values alone: groups are chosen there."""
     config = copy.deepcopy(basics())
     parsed = OverridesParser.create().parse_overrides(list(overrides))
+    assert not any("/" in override.key_or_group or "@" in override.key_or_group for override in parsed)
     ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
     return config
 

@@ -65,7 +65,7 @@ def test_any_trainer_shows_its_progress(loss, has_reward, capsys):
     assert issubclass(trainer_cls, registered) and with_progress(trainer_cls) is trainer_cls
     trainer = trainer_cls.__new__(trainer_cls)
     trainer.config = OmegaConf.create({"trainer": {"test_freq": 2, "save_freq": -1, "total_epochs": 3}})
-    trainer.total_training_steps, trainer.steps_per_epoch = 9, 2
+    trainer.global_steps, trainer.total_training_steps, trainer.steps_per_epoch = 0, 9, 2
     assert trainer.has_reward is has_reward and getattr(trainer, "logger", None) is None
     trainer.logger = tracking = Tracking("project", "experiment", [])
     assert trainer.logger is tracking

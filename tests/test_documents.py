@@ -109,7 +109,7 @@ def test_every_module_is_in_the_drawing_or_in_the_text_below_it():
     text = (ROOT / "ON_POLICY_DISTILLATION.md").read_text(encoding="utf-8").partition("\n## How a batch travels\n")[2]
     said = text.partition("\n## ")[0] + make_batch_drawing.build()
     modules = {path.name for path in (ROOT / "verl" / "on_policy_distillation").glob("*.py")} - {"__init__.py"}
-    assert {name for name in modules if name not in said} == set()
+    assert {name for name in modules if not re.search(rf"(?<![\w/]){re.escape(name)}", said)} == set()
 
 
 @cache
@@ -179,7 +179,7 @@ def anchors(path):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(document):
     broken = []
-    for target in re.findall(r"(?<!!)\[[^]]*\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+    for target in re.findall(r"\[[^]]*\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
         if re.match(r"[a-z]+:", target):
             continue
         name, _, anchor = target.partition("#")

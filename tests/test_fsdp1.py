@@ -99,6 +99,7 @@ class Ranks:
 
     def __init__(self, size: int):
         spawn, port = multiprocessing.get_context("spawn"), free_port()
+        self.is_broken = False
         self.processes = [
             ProcessPoolExecutor(1, mp_context=spawn, initializer=join, initargs=(rank, size, port))
             for rank in range(size)
@@ -108,12 +109,16 @@ class Ranks:
         """`function(rank, size, *args)` in each; its error is raised here."""
         size = len(self.processes)
         results = [process.submit(function, rank, size, *args) for rank, process in enumerate(self.processes)]
-        for result in results:
-            result.result(timeout=120)
+        try:
+            for result in results:
+                result.result(timeout=300)
+        except BaseException:
+            self.is_broken = True  # a rank may wait for one that has failed
+            raise
 
     def end(self) -> None:
         for process in self.processes:
-            process.shutdown(cancel_futures=True)
+            process.shutdown(wait=not self.is_broken, cancel_futures=True)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +127,7 @@ def ranks():
     made: dict[int, Ranks] = {}
 
     def of(size: int) -> Ranks:
-        if size not in made:
+        if size not in made or made[size].is_broken:
             made[size] = Ranks(size)
         return made[size]
 

@@ -185,15 +185,15 @@ def cells(markdown):
 
 
 def test_text_of_known_curves():
-    assert "6.0 (4.0–8.0) × fewer steps to 95 % of the gain" in headline_results.sentence(results())
-    assert "6.0 (4.0–8.0) × fewer steps to the teacher's level" in headline_results.sentence(results())
+    assert "it takes 6.0 (4.0–8.0) times as many steps to 95 % of the gain;" in headline_results.sentence(results())
+    assert "6.0 (4.0–8.0) times as many steps to the teacher's level (" in headline_results.sentence(results())
     said = headline_results.teacher_cost(results())
     assert "8 steps of GRPO, 1 k tokens and 16 s;" in said and said.endswith("take 0 k tokens and 6 s.")
     rows = {row[0]: row[1:] for row in cells(headline_results.table(results()))}
     *begin, tokens, seconds = rows["reverse KL"]
-    assert begin == ["0.01", "2", "80.0 %", "1.5 (1–2)", "1.5 (1–2)"] and seconds == "3 (2–4)"
+    assert begin == ["0.01", "2", "80.0 %", "1.5 (1–2)", "1.5 (1–2)", "80.0"] and seconds == "3 (2–4)"
     assert tokens.endswith("(0.1 k–0.2 k)")
-    assert rows["k1"] == ["0.001", "1", "60.0 %", "> 3", "> 3", "–", "–"]
+    assert rows["k1"] == ["0.001", "1", "60.0 %", "> 3", "> 3", "–", "–", "–"]
     grid = {row[0]: row[1:] for row in cells(headline_results.grid_table(results()))}
     assert grid["reverse KL"] == ["55.0%, 70.0%", "**67.5%, 80.0%**"]
     assert "k1" not in grid  # not all of its learning rates have been run
@@ -205,7 +205,7 @@ def test_the_table_of_tasks():
     found = dict(zip(head, row, strict=True))
     assert found["Tokens an answer"] == f"{100 / 256:.1f}"
     assert (found["Base"], found["Teacher"], found["Student"]) == ("40.0 %", "80.0 %", "80.0 %")
-    assert found["Ratio, the teacher's level"] == "**6.0** (**4.0**–**8.0**)"
+    assert found["Ratio of steps to the teacher's level"] == "**6.0** (**4.0**–**8.0**)"
     short_head, _, short = cells(headline_results.ratio_table([results()]))
     assert dict(zip(short_head, short, strict=True)).items() <= found.items() and len(short) == 7
 

@@ -18,7 +18,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from verl.on_policy_distillation import progress
-from verl.on_policy_distillation.progress import Pace, clock, last_line, step_line
+from verl.on_policy_distillation.progress import Pace, Progress, clock, last_line, step_line
 
 STEP = {
     "distillation/kl": 0.25,
@@ -92,6 +92,20 @@ def test_the_first_validation_counts_until_there_is_another_and_a_slow_step_hard
     assert pace.left(2) == 3 * 3.0 + 2 * 7.0
 
 
+def test_where_the_epochs_end_first_nothing_is_saved_or_validated_at_the_end():
+    pace = Pace(5, 2, 4, has_end=False)
+    pace.add({"timing_s/step": 13.0, "timing_s/testing": 7.0, "timing_s/save_checkpoint": 10.0})
+    assert pace.left(1) == 4 * 3.0 + 2 * 7.0 + 10.0  # validations after 2 and 4, a checkpoint after 4
+
+
+def test_a_metric_that_is_no_number_ends_no_run(caplog, capsys):
+    shown = Progress(5, Pace(5, -1, -1), has_reward=False)
+    shown.log({"distillation/kl": None, "timing_s/step": 1.0}, 1)
+    assert "step 1 has metrics that its line cannot show" in caplog.text
+    shown.log({"distillation/kl": 0.5, "timing_s/step": 1.0}, 2)
+    assert capsys.readouterr().out.startswith("step 2/5   KL 0.5000")
+
+
 def run_in(folder, save_contents=("model", "optimizer", "extra"), strategy="fsdp2", lora_rank=0):
     actor = {"checkpoint": {"save_contents": list(save_contents)}, "strategy": strategy}
     return OmegaConf.create(
@@ -111,7 +125,7 @@ def checkpoint(tmp_path):
 
 
 def test_the_last_line_names_the_hugging_face_model(checkpoint):
-    line = last_line(run_in(checkpoint.parent, ["hf_model"]), 5, 5)
+    line = last_line(run_in(checkpoint.parent, ["hf_model"]), 5, 5, 5)
     assert line == f"step 5/5   done; the trained model: {checkpoint}/actor/huggingface"
 
 
@@ -124,7 +138,7 @@ def test_the_last_line_names_the_hugging_face_model(checkpoint):
     ],
 )
 def test_the_last_line_has_the_command_that_makes_one(checkpoint, changes, backend):
-    line = last_line(run_in(checkpoint.parent, **changes), 5, 5)
+    line = last_line(run_in(checkpoint.parent, **changes), 5, 5, 5)
     assert f"the last checkpoint: {checkpoint};" in line
     command = f"--backend {backend} --local_dir {checkpoint}/actor --target_dir {checkpoint}/merged"
     assert line.endswith(f"python -m verl.model_merger merge {command}")
@@ -132,10 +146,19 @@ def test_the_last_line_has_the_command_that_makes_one(checkpoint, changes, backe
 
 @pytest.mark.parametrize("changes", [{"save_contents": ["optimizer"]}, {"strategy": "veomni"}])
 def test_where_no_model_can_be_made_the_last_line_names_the_checkpoint(checkpoint, changes):
-    assert last_line(run_in(checkpoint.parent, **changes), 5, 5).endswith(f"the last checkpoint: {checkpoint}")
+    assert last_line(run_in(checkpoint.parent, **changes), 5, 5, 5).endswith(f"the last checkpoint: {checkpoint}")
 
 
 def test_without_a_checkpoint_the_last_line_says_how_to_have_one(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        line = last_line(run_in(folder), 5, 5)
-        assert f"no checkpoint in {folder}: trainer.save_freq=N writes one" in line
+        line = last_line(run_in(folder), 5, 5, None)
+        assert f"no checkpoint of it in {folder}: trainer.save_freq=N writes one" in line
+
+
+def test_a_checkpoint_of_another_run_is_not_named(checkpoint):
+    assert "no checkpoint of it" in last_line(run_in(checkpoint.parent, ["hf_model"]), 7, 7, None)
+
+
+def test_a_checkpoint_before_the_last_step_is_named_with_its_step(checkpoint):
+    line = last_line(run_in(checkpoint.parent, ["hf_model"]), 7, 9, 5)
+    assert line.startswith("step 7/9   done; step 5 is the last that was saved; the trained model: ")

@@ -14,6 +14,7 @@
 """VERL's warning for each sample is said once in a process, and no error is held back."""
 
 import logging
+from unittest import mock
 
 import pytest
 
@@ -32,6 +33,11 @@ def test_a_warning_is_said_once_for_each_model_type(said):
         wiring.infer_continuous_token_model_family(hf_model_type=model_type)
     first, second = said()
     assert "'a model'" in first and "'another model'" in second
+
+
+def test_a_message_that_cannot_be_put_together_is_not_ours_to_raise(said):
+    with mock.patch.object(logging, "raiseExceptions", False):
+        wiring.logger.warning("%s and %s", "one")
 
 
 def test_errors_are_said_each_time(said):

@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -172,9 +173,18 @@ def start(files, folder, name, *overrides, verl=INSTALLED, **paths):
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
+def end_of(process, timeout):
+    """Its exit code. When it does not end in time, nothing of it is left."""
+    try:
+        return process.wait(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
 def run(files, folder, name, *overrides, verl=INSTALLED, **paths):
     process = start(files, folder, name, *overrides, verl=verl, **paths)
-    process.wait(timeout=400)
+    end_of(process, timeout=400)
     log = sorted(folder.glob("*.log"))[-1].read_text(errors="replace")
     assert process.returncode == 0, log[-6000:]
     assert (FORKED in log) == (verl is not INSTALLED)
@@ -285,7 +295,7 @@ def test_a_run_whose_storage_dies_ends_with_the_cause_and_continues_where_it_was
         time.sleep(0.1)
     storage_unit_of(metric_files(tmp_path)[-1]).kill()
     began = time.monotonic()
-    assert process.wait(timeout=60) != 0
+    assert end_of(process, timeout=60) != 0
     assert time.monotonic() - began < 60
     log = (tmp_path / "0000.log").read_text(errors="replace")
     assert "storage unit" in log and "has died" in log
@@ -437,7 +447,7 @@ def test_the_moving_teacher_is_in_the_checkpoint(several, several_folder):
 
 def test_a_row_without_a_teacher_ends_the_run_before_any_model_is_loaded(files, tmp_path):
     process = start(files, tmp_path, *SEVERAL, "teacher.routing_key=data_source", **teachers(files))
-    assert process.wait(timeout=120) != 0
+    assert end_of(process, timeout=300) != 0
     log = (tmp_path / "0000.log").read_text(errors="replace")
     assert "row 0 has data_source=" in log and "teacher.models has the routes ['code', 'math']" in log
     assert "model engine initialized" not in log

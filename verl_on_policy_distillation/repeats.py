@@ -25,13 +25,16 @@ __all__ = ["drop_repeats"]
 
 class _Once:
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        self._said: set[tuple[str, str]] = set()
 
     def __call__(self, record: logging.LogRecord) -> bool:
-        """Whether to log the `record`: an error, always; a warning or less, if it was not said before."""
-        message = record.getMessage()
-        is_repeat = message in self._said
-        self._said.add(message)
+        """Whether to log the `record`: an error, always; a warning or less, if it was not said before.
+
+        By its parts: a message that cannot be put together is logging's to complain about.
+        """
+        parts = (str(record.msg), repr(record.args))
+        is_repeat = parts in self._said
+        self._said.add(parts)
         return not is_repeat or record.levelno > logging.WARNING
 
 

@@ -151,7 +151,7 @@ def measure(results: dict, run: dict) -> dict:
     for milestone, step in steps.items():
         tokens, seconds = cost(curve, step)
         measured |= {f"steps_{milestone}": step, f"tokens_{milestone}": tokens, f"seconds_{milestone}": seconds}
-    return measured
+    return measured | {"accuracy_level": validated(curve).get(steps["level"])}
 
 
 def summary(results: dict) -> pandas.DataFrame:
@@ -198,6 +198,7 @@ def table_row(results: dict, method: str, seeds: pandas.DataFrame) -> dict[str, 
         "Held-out accuracy at the end": f"{spread(100 * seeds.final, '{:.1f}')} %",
         "Steps to 95 % of the gain": cell(seeds["steps_95%"], "{:.3g}", never),
         "Steps to the teacher's level": cell(seeds.steps_level, "{:.3g}", never),
+        "Accuracy there": cell(100 * seeds.accuracy_level, "{:.1f}", "–"),
         "Tokens generated to 95 %": cell(seeds["tokens_95%"] / 1000, "{:.1f} k", "–"),
         "Seconds to 95 %": cell(seeds["seconds_95%"], "{:.0f}", "–"),
     }
@@ -235,8 +236,8 @@ def grid_table(results: dict) -> str:
 def speed_up_text(results: dict, milestone: str) -> str:
     values, target = speed_ups(results, milestone), MILESTONES[milestone]
     if values.isna().any():
-        return f"no ratio for {target}, which both reached with {values.notna().sum()} of {len(values)} seeds"
-    return f"{spread(values, '{:.1f}')} × fewer steps to {target}"
+        return f"no known number of times as many to {target}, which both reached with {values.notna().sum()} of {len(values)} seeds"
+    return f"{spread(values, '{:.1f}')} times as many steps to {target}"
 
 
 def sentence(results: dict) -> str:
@@ -246,7 +247,7 @@ def sentence(results: dict) -> str:
     said = "; ".join(speed_up_text(results, milestone) for milestone in MILESTONES)
     return (
         f"GRPO takes held-out accuracy from {before} % to {after} % in {results['methods']['grpo']['steps']} steps. "
-        f"Reverse KL to that result, from the same base: {said} "
+        f"Against reverse KL to that result, from the same base, it takes {said} "
         f"({'one seed' if len(grpo) == 1 else f'mean over {len(grpo)} seeds, range in parentheses'})."
     )
 
@@ -288,7 +289,7 @@ def task_row(results: dict) -> dict[str, str]:
         for title, seeds in (("GRPO", grpo), ("reverse KL", own)):
             never = f"> {results['methods'][seeds.method.iloc[0]]['steps']}"
             row[f"{title}: steps to {target}"] = cell(seeds[f"steps_{milestone}"], "{:.3g}", never)
-        row[f"Ratio, {target}"] = cell(speed_ups(results, milestone), "**{:.1f}**", "–")
+        row[f"Ratio of steps to {target}"] = cell(speed_ups(results, milestone), "**{:.1f}**", "–")
     return row
 
 
@@ -298,7 +299,14 @@ def task_table(every_task: list[dict]) -> str:
 
 def ratio_table(every_task: list[dict]) -> str:
     """The columns of `task_table` that fit a narrow page."""
-    titles = ["Task", "Tokens an answer", "Base", "Teacher", "Student", *(f"Ratio, {to}" for to in MILESTONES.values())]
+    titles = [
+        "Task",
+        "Tokens an answer",
+        "Base",
+        "Teacher",
+        "Student",
+        *(f"Ratio of steps to {to}" for to in MILESTONES.values()),
+    ]
     return markdown([{title: task_row(results)[title] for title in titles} for results in every_task])
 
 

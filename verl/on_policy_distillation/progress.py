@@ -19,6 +19,7 @@ VERL's `Tracking` hands the metrics of every step to the loggers that ``trainer.
 whichever those are. The trainer is a Ray actor, so Ray puts the actor's name and process id before each line.
 """
 
+import logging
 import os
 import re
 import time
@@ -29,9 +30,9 @@ from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
-
 __all__ = ["Pace", "Progress", "ShowsProgress", "last_line", "step_line", "with_progress"]
+
+logger = logging.getLogger(__name__)
 
 # VERL's main number for each data source that it validates on; a data source may have slashes of its own.
 _MEAN_SCORE = re.compile(r"val-core/(?P<data_source>.*)/(?P<metric>acc|reward)/(?P<mean>mean@\d+)")
@@ -49,10 +50,13 @@ class Pace:
         steps: the last step's number.
         test_freq: ``trainer.test_freq``.
         save_freq: ``trainer.save_freq``.
+        has_end: whether VERL saves and validates after the last step whatever its number. Not where the epochs end
+            before ``trainer.total_training_steps``.
     """
 
-    def __init__(self, steps: int, test_freq: int, save_freq: int):
+    def __init__(self, steps: int, test_freq: int, save_freq: int, has_end: bool = True):
         self._steps = steps
+        self._has_end = has_end
         self._frequencies = {"step": 1, "save_checkpoint": save_freq, "testing": test_freq}
         self._seconds: dict[str, deque[float]] = {part: deque(maxlen=_STEPS_REMEMBERED) for part in self._frequencies}
         self._first_validation = 0.0
@@ -78,11 +82,12 @@ class Pace:
         return sum(self._still_to_come(part, step) * seconds for part, seconds in typical.items())
 
     def _still_to_come(self, part: str, step: int) -> int:
-        """VERL validates and saves at the multiples of a frequency, and after the last step."""
+        """VERL validates and saves at the multiples of a frequency, and at the end."""
         frequency = self._frequencies[part]
         if frequency <= 0:
             return 0
-        return self._steps // frequency - step // frequency + (self._steps % frequency != 0)
+        at_the_end = self._has_end and self._steps % frequency != 0
+        return self._steps // frequency - step // frequency + at_the_end
 
 
 def clock(seconds: float) -> str:
@@ -127,13 +132,20 @@ def held_out(metrics: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def last_line(config: DictConfig, step: int, steps: int) -> str:
-    """Where the model of a run that ended at `step` is, or what makes one of it."""
+def last_line(config: DictConfig, step: int, steps: int, saved: Optional[int]) -> str:
+    """Where the model of a run that ended at `step` is, or what makes one of it.
+
+    Args:
+        saved: the last step that the run wrote or, if it wrote none, resumed from. Other checkpoints in its folder are
+            those of other runs.
+    """
     folder = os.path.abspath(os.path.expanduser(config.trainer.default_local_dir))
-    checkpoint = find_latest_ckpt_path(folder) if os.path.isdir(folder) else None
+    checkpoint = os.path.join(folder, f"global_step_{saved}")
     done = f"{counted(step, steps)}   done; "
-    if checkpoint is None:
-        return f"{done}no checkpoint in {folder}: trainer.save_freq=N writes one every N steps and after the last"
+    if saved is None or not os.path.isdir(checkpoint):
+        return f"{done}no checkpoint of it in {folder}: trainer.save_freq=N writes one every N steps and after the last"
+    if saved != step:
+        done += f"step {saved} is the last that was saved; "
     actor = os.path.join(checkpoint, "actor")
     contents = OmegaConf.select(config, f"{_ACTOR}.checkpoint.save_contents", default=[])
     has_lora = OmegaConf.select(config, "actor_rollout_ref.model.lora_rank", default=0) > 0
@@ -162,7 +174,13 @@ class Progress:
             self._pace.add(data)
         else:  # VERL makes its loggers right before the validation that it does first
             self._pace.add_first_validation(time.monotonic() - self._began)
-        print(step_line(step, self._steps, data, self._pace.left(step), self._has_reward), flush=True)
+        try:
+            print(step_line(step, self._steps, data, self._pace.left(step), self._has_reward), flush=True)
+        except (
+            TypeError,
+            ValueError,
+        ) as error:  # no metric of a fork, whatever it is, ends a run for the sake of a line
+            logger.warning(f"step {step} has metrics that its line cannot show: {error}")
 
 
 class ShowsProgress:
@@ -173,6 +191,7 @@ class ShowsProgress:
     steps_per_epoch: int
     global_steps: int
     has_reward = True  # whether its loss has one
+    _saved_step: Optional[int] = None
 
     @property
     def logger(self) -> Any:
@@ -180,8 +199,10 @@ class ShowsProgress:
 
     @logger.setter
     def logger(self, tracking: Any) -> None:
+        """VERL sets it once, when it has loaded the checkpoint that it resumes from."""
         steps, trainer = self._last_step(), self.config.trainer
-        pace = Pace(steps, trainer.test_freq, trainer.save_freq)
+        pace = Pace(steps, trainer.test_freq, trainer.save_freq, has_end=steps == self.total_training_steps)
+        self._saved_step = self.global_steps or None
         tracking.logger["progress"] = Progress(steps, pace, self.has_reward)
         self._tracking = tracking
 
@@ -189,7 +210,12 @@ class ShowsProgress:
         super().fit(agent_loop_manager)  # type: ignore[misc]
         if not self.config.trainer.get("val_only", False):
             steps = self._last_step()
-            print(last_line(self.config, min(self.global_steps - 1, steps), steps), flush=True)
+            step = min(self.global_steps - 1, steps)
+            print(last_line(self.config, step, steps, self._saved_step), flush=True)
+
+    def _save_checkpoint(self) -> None:
+        super()._save_checkpoint()  # type: ignore[misc]
+        self._saved_step = self.global_steps
 
     def _last_step(self) -> int:
         """The epochs may end before the steps do."""

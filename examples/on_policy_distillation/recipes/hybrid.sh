@@ -29,7 +29,7 @@ rollout_gpu_mem_util=${ROLLOUT_GPU_MEM_UTIL:-0.5}
 
 total_epochs=${TOTAL_EPOCHS:-3}
 save_freq=${SAVE_FREQ:-50}
-test_freq=${TEST_FREQ:-10}
+test_freq=${TEST_FREQ:-50}
 
 project_name=${PROJECT_NAME:-on_policy_distillation}
 experiment_name=${EXPERIMENT_NAME:-hybrid}

@@ -24,7 +24,7 @@ rollout_gpu_mem_util=${ROLLOUT_GPU_MEM_UTIL:-0.5}
 
 total_epochs=${TOTAL_EPOCHS:-1}
 save_freq=${SAVE_FREQ:-50}
-test_freq=${TEST_FREQ:-10}
+test_freq=${TEST_FREQ:-50}
 
 project_name=${PROJECT_NAME:-on_policy_distillation}
 experiment_name=${EXPERIMENT_NAME:-qwen3_32b_to_4b}

@@ -24,7 +24,7 @@ rollout_gpu_mem_util=${ROLLOUT_GPU_MEM_UTIL:-0.5}
 
 total_epochs=${TOTAL_EPOCHS:-1}
 save_freq=${SAVE_FREQ:-50}
-test_freq=${TEST_FREQ:-10}
+test_freq=${TEST_FREQ:-50}
 
 project_name=${PROJECT_NAME:-on_policy_distillation}
 experiment_name=${EXPERIMENT_NAME:-qwen3_8b_to_1.7b}
@@ -41,6 +41,7 @@ python3 -m verl.trainer.main_on_policy_distillation \
     data.max_prompt_length=${max_prompt_length} \
     data.max_response_length=${max_response_length} \
     data.filter_overlong_prompts=True \
+    +data.apply_chat_template_kwargs.enable_thinking=False \
     actor_rollout_ref.rollout.name=vllm \
     actor_rollout_ref.rollout.tensor_model_parallel_size=${rollout_tp} \
     actor_rollout_ref.rollout.gpu_memory_utilization=${rollout_gpu_mem_util} \
