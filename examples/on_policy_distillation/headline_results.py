@@ -236,7 +236,8 @@ def grid_table(results: dict) -> str:
 def speed_up_text(results: dict, milestone: str) -> str:
     values, target = speed_ups(results, milestone), MILESTONES[milestone]
     if values.isna().any():
-        return f"no known number of times as many to {target}, which both reached with {values.notna().sum()} of {len(values)} seeds"
+        count = f"{values.notna().sum()} of {len(values)} seeds"
+        return f"no known number of times as many to {target}, which both reached with {count}"
     return f"{spread(values, '{:.1f}')} times as many steps to {target}"
 
 
