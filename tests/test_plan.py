@@ -124,6 +124,17 @@ def parts(settings, place, name, teachers=(TEACHER,), student=STUDENT):
     return next(phase for phase in phases if (phase.place, phase.name) == (place, name)).parts
 
 
+def test_at_the_start_the_largest_teacher_is_whole_on_one_device():
+    larger = replace(TEACHER, name="larger", parameters=3 * TEACHER.parameters)
+    start = parts(SETTINGS, "device", "start", teachers=(TEACHER, larger))
+    assert start["larger: weights, whole, while it is loaded"] == 2 * 3 * TEACHER.parameters
+    assert start["student: optimizer"] == 8 * STUDENT.parameters / 8
+    without_advice = [one for one in advise(STUDENT, (larger,), SETTINGS, H100) if one.settings is None]
+    assert [one.phase.name for one in without_advice] == ["start"]
+    names = [(phase.place, phase.name) for phase in plan(STUDENT, (), SETTINGS, H100).phases]
+    assert ("device", "start") not in names  # the student is its own teacher
+
+
 def test_the_students_shard():
     p = STUDENT.parameters
     update = parts(SETTINGS, "device", "update, layers")
@@ -251,7 +262,7 @@ TOO_LARGE = {
 def test_advice_names_a_key_and_a_value_that_fits(case):
     changes, place, key = TOO_LARGE[case]
     settings = replace(SETTINGS, **changes)
-    teacher = TEACHER if case != "resident" else replace(TEACHER, parameters=40_000_000_000)
+    teacher = TEACHER if case != "resident" else replace(TEACHER, parameters=36_000_000_000)
     advice = [one for one in advise(STUDENT, [teacher], settings, H100) if one.phase.place == place]
     assert advice
     for one in advice:

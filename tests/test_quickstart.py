@@ -14,6 +14,7 @@
 """What the quickstart says to VERL's trainer. The run itself is too slow to be tested here; see test_trainer.py."""
 
 import re
+import subprocess
 import sys
 
 import pytest
@@ -34,6 +35,16 @@ def test_what_depends_on_the_machine_comes_first_and_nothing_is_said_twice(machi
     keys = [line.partition("=")[0].lstrip("+") for line in said]
     assert len(set(keys)) == len(keys)
     assert f"teacher.model.path={tmp_path}/teacher" in said
+
+
+def test_a_finished_run_takes_no_overrides(tmp_path):
+    script = ROOT / "examples" / "on_policy_distillation" / "quickstart.sh"
+    (tmp_path / "results.json").touch()
+    done = subprocess.run([script, tmp_path, "data.seed=1"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (
+        f"quickstart: {tmp_path} is finished, and data.seed=1 would have no effect: name another folder\n"
+    )
 
 
 def test_epochs_do_not_end_a_run_before_its_steps(tmp_path):

@@ -194,7 +194,7 @@ def test_the_estimates_are_the_planner_s_for_the_recipe_s_settings_and_fit(title
 
 def estimates(found, teachers, settings):
     """The cells of a row: GiB of a device in each phase, of a node's host, of the payload of a step; seconds."""
-    total = {"rollout": 0.0, "scoring": 0.0, "update": 0.0}
+    total = {"start": 0.0, "rollout": 0.0, "scoring": 0.0, "update": 0.0}
     for phase in found.phases:
         if phase.place == "device":
             name = phase.name.partition(",")[0]

@@ -120,12 +120,13 @@ def train(folder: Path, command: list[str], environment: dict[str, str] | None =
         "RAY_COLOR_PREFIX": "0",  # the file is no terminal
     }
     with open(log_path, "a") as output, open(log_path, errors="replace") as log:
-        log.seek(0, os.SEEK_END)  # after what an earlier start said
+        began = log.seek(0, os.SEEK_END)  # after what an earlier start said
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             code = follow(process, log, label)
         finally:
             stop(process)
     if code != 0:
-        print("".join(log_path.read_text(errors="replace").splitlines(keepends=True)[-LINES_SHOWN_ON_FAILURE:]))
+        said = log_path.read_bytes()[began:].decode(errors="replace")
+        print("".join(said.splitlines(keepends=True)[-LINES_SHOWN_ON_FAILURE:]))
         sys.exit(f"training failed with exit code {code}; the whole output is in {log_path}")

@@ -16,6 +16,10 @@ if [[ $# -gt 0 && $1 != *=* ]]; then folder=$1; shift; else folder=$root/runs/qu
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 
+if [[ $# -gt 0 && -e $folder/results.json ]]; then
+    echo "quickstart: $folder is finished, and $* would have no effect: name another folder" >&2
+    exit 1
+fi
 "$root/scripts/bootstrap.sh"
 export PATH="$root/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 

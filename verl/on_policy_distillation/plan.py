@@ -333,6 +333,7 @@ class Plan(NamedTuple):
 def plan(student: Model, teachers: Sequence[Model], s: Settings, accelerator: Accelerator) -> Plan:
     """Of one step; each of `teachers` has weights of its own."""
     phases = [
+        *_start(student, teachers, s, accelerator),
         _rollout(student, teachers, s, accelerator),
         _rollout_engine(student, s, accelerator),
         _scoring(student, teachers, s, accelerator),
@@ -362,6 +363,16 @@ def _student_shard(student: Model, s: Settings, is_updated: bool) -> dict[str, f
     if is_updated:
         parts["student: gradients"] = 4 * _trained(student, s) / s.shards
     return parts
+
+
+def _start(student: Model, teachers: Sequence[Model], s: Settings, accelerator: Accelerator) -> list[Phase]:
+    """VERL puts a checkpoint on one device of a shard group, whole, and shards it from there."""
+    if not teachers:
+        return []
+    teacher = max(teachers, key=lambda teacher: teacher.parameters)
+    loaded = {f"{teacher.name}: weights, whole, while it is loaded": 2.0 * teacher.parameters}
+    parts = {**_student_shard(student, s, is_updated=False), **loaded, "contexts (assumed)": CONTEXT}
+    return [Phase("device", "start", parts, USABLE * accelerator.memory)]
 
 
 def _rollout(student: Model, teachers: Sequence[Model], s: Settings, accelerator: Accelerator) -> Phase:
