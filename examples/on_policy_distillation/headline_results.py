@@ -151,7 +151,8 @@ def measure(results: dict, run: dict) -> dict:
     for milestone, step in steps.items():
         tokens, seconds = cost(curve, step)
         measured |= {f"steps_{milestone}": step, f"tokens_{milestone}": tokens, f"seconds_{milestone}": seconds}
-    return measured | {"accuracy_level": validated(curve).get(steps["level"])}
+    level = steps["level"]
+    return measured | {"accuracy_level": None if level is None else validated(curve)[level]}
 
 
 def summary(results: dict) -> pandas.DataFrame:
