@@ -33,6 +33,7 @@ from baselines import TOP_KS, forward_kl_topk, reverse_kl_topk, truncated
 from conftest import ROOT
 from headline_picture import between_markers, with_block
 from hydra import compose, initialize_config_module
+from progress import overrides_of
 from transformers import LlamaForCausalLM
 
 from verl.on_policy_distillation import hydra_source
@@ -363,7 +364,7 @@ def test_every_method_is_a_configuration_that_the_trainer_accepts(name, plugin, 
     lines = headline.overrides(headline.Run(name, 1e-3, 2), ablation.SETUP, models, sources)
     hydra_source.install()
     with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides=[*headline.machine_overrides(), *lines])
+        config = compose("ppo_trainer", overrides=[*overrides_of("cpu"), *lines])
     prepare(config)
     validate_config(config, need_reference_policy(config), need_critic(config))
     actor = config.actor_rollout_ref
