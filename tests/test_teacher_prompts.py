@@ -323,8 +323,8 @@ def models(tmp_path_factory):
         (["teacher.prompt_key=7"], "teacher.prompt_key=7: set it to the name of a field"),
         ([KEY, "data.truncation=centre"], r"data.truncation=centre is none of \['error', 'left', 'right', 'middle'\]"),
         (
-            [KEY, "teacher.max_prompt_length=33"],  # tiny_model has 64 positions
-            "context of 64 tokens .*teacher.max_prompt_length=33 plus data.max_response_length=32 is 65: shorten them",
+            [KEY, "teacher.max_prompt_length=97"],  # tiny_model has 128 positions
+            "context of 128 tokens .*teacher.max_prompt_length=97 plus data.max_response_length=32 is 129: shorten them",
         ),
         (
             [KEY, "teacher.max_prompt_length=16", "teacher.max_token_len_per_gpu=47"],
