@@ -324,7 +324,7 @@ def models(tmp_path_factory):
         ([KEY, "data.truncation=centre"], r"data.truncation=centre is none of \['error', 'left', 'right', 'middle'\]"),
         (
             [KEY, "teacher.max_prompt_length=97"],  # tiny_model has 128 positions
-            "context of 128 tokens .*teacher.max_prompt_length=97 plus data.max_response_length=32 is 129: shorten them",
+            "context of 128 tokens .*teacher.max_prompt_length=97 plus data.max_response_length=32 is 129: shorten",
         ),
         (
             [KEY, "teacher.max_prompt_length=16", "teacher.max_token_len_per_gpu=47"],
@@ -349,7 +349,7 @@ def test_settings_that_can(models):
     validate(make_config(PURE, *models, *fitting))
     validate(make_config(PURE, *models, *fitting, "teacher.max_prompt_length=32", "data.truncation=middle"))
     # The student's prompts may be longer than the teacher's context, as it never sees them.
-    longer = ["data.max_prompt_length=64", "teacher.max_prompt_length=32"]
+    longer = ["data.max_prompt_length=128", "teacher.max_prompt_length=32"]
     validate(make_config(PURE, *models, KEY, *longer))
 
 

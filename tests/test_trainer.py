@@ -606,4 +606,5 @@ def test_a_run_says_how_it_goes_and_where_its_model_is(pure, pure_folder):
 def test_a_hybrid_run_in_a_patched_verl_says_its_reward_too(hybrid, hybrid_folder):
     *lines, last = said(hybrid_folder)
     assert_says_each_step(lines, hybrid, has_reward=True)
-    assert last.startswith(f"step 6/6   done; no checkpoint of it in {hybrid_folder}/checkpoints: trainer.save_freq=N writes")
+    missing = f"step 6/6   done; no checkpoint of it in {hybrid_folder}/checkpoints: trainer.save_freq=N writes"
+    assert last.startswith(missing)
