@@ -25,13 +25,12 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
+from composition import composed
 from dense_oracle import FLAGS, DenseOracle
-from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torch.distributed.tensor import DTensor
 
-from verl.on_policy_distillation import hydra_source
 from verl.on_policy_distillation.engine_fsdp import ENDS_IN_COLUMNS, TEACHER_ROW
 from verl.on_policy_distillation.head import LinearLogits
 from verl.on_policy_distillation.losses import GLOBAL_STEPS
@@ -65,9 +64,7 @@ MACHINE = (
 
 
 def compose_config(overrides):
-    hydra_source.install()
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides=[*MACHINE, *overrides])
+    config = composed(*MACHINE, *overrides)
     OmegaConf.resolve(config)
     return config
 

@@ -30,13 +30,12 @@ import torch
 from ablation_scores import Scorer, of_tokens, pick, until_eos
 from arithmetic import EOS, tiny_model, untrained_model
 from baselines import TOP_KS, forward_kl_topk, reverse_kl_topk, truncated
+from composition import composed
 from conftest import ROOT
 from headline_picture import between_markers, with_block
-from hydra import compose, initialize_config_module
 from progress import overrides_of
 from transformers import LlamaForCausalLM
 
-from verl.on_policy_distillation import hydra_source
 from verl.on_policy_distillation.checks import prepare
 from verl.on_policy_distillation.divergence import DIVERGENCES, DenseLogits, DivergenceSpec, token_divergence
 from verl.plugin import after_import
@@ -362,9 +361,7 @@ def models(tmp_path_factory):
 def test_every_method_is_a_configuration_that_the_trainer_accepts(name, plugin, models):
     sources = headline.Sources(models / "base", models / "teacher")
     lines = headline.overrides(headline.Run(name, 1e-3, 2), ablation.SETUP, models, sources)
-    hydra_source.install()
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides=[*overrides_of("cpu"), *lines])
+    config = composed(*overrides_of("cpu"), *lines)
     prepare(config)
     validate_config(config, need_reference_policy(config), need_critic(config))
     actor = config.actor_rollout_ref

@@ -25,8 +25,8 @@ import time
 import pytest
 import torch
 from arithmetic import tiny_model
+from composition import composed
 from conftest import ROOT
-from hydra import compose, initialize_config_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
@@ -34,7 +34,6 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl.on_policy_distillation import hydra_source
 from verl.on_policy_distillation.checks import (
     MINIMUM_TORCH,
     prepare,
@@ -65,17 +64,13 @@ BASICS = (
 )
 
 
-def composed(*overrides):
-    hydra_source.install()
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=[*BASICS, *overrides])
-
-
-basics = functools.cache(composed)
+@functools.cache
+def basics():
+    return composed(*BASICS)
 
 
 def make_config(*overrides):
-    """The same as `composed`, without reading VERL's files each time. For values alone: groups are chosen there."""
+    """`composed` with BASICS, without reading VERL's files each time. For values alone: groups are chosen there."""
     config = copy.deepcopy(basics())
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     assert not any("/" in override.key_or_group or "@" in override.key_or_group for override in parsed)
@@ -85,7 +80,7 @@ def make_config(*overrides):
 
 def test_overrides_give_what_hydra_gives(models):
     overrides = (HYBRID, *models, "+trainer.added=[1,2]", "++data.train_batch_size=8", "~trainer.logger")
-    assert make_config(*overrides) == composed(*overrides)
+    assert make_config(*overrides) == composed(*BASICS, *overrides)
     assert make_config() != make_config(*overrides)
 
 

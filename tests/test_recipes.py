@@ -29,12 +29,11 @@ import pytest
 import teacher_prompt
 from arithmetic import problems, tiny_model, verl_rows
 from calculator import calculate
+from composition import composed
 from datasets import Dataset
-from hydra import compose, initialize_config_module
 from recipe_scripts import NAMES, RECIPES, arguments_of, recipe
 from transformers import Qwen2Config, Qwen3Config
 
-from verl.on_policy_distillation import hydra_source
 from verl.on_policy_distillation.checks import prepare, refuse_misspelt_overrides
 from verl.on_policy_distillation.memory import settings_of
 from verl.on_policy_distillation.plan import GIB, _parser, _settings, model_of, payload_bytes, plan
@@ -98,23 +97,21 @@ def paths(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def composed(paths):
+def config_of(paths):
     """The configuration of a recipe with variables, such as NNODES=2, by its name."""
 
     @cache
     def compose_once(name, *variables):
         arguments = arguments_of(name, **paths, **dict(variable.split("=") for variable in variables))
         refuse_misspelt_overrides(arguments)
-        hydra_source.install()
-        with initialize_config_module("verl.trainer.config", version_base=None):
-            return compose("ppo_trainer", overrides=arguments)  # raises for a key that VERL does not have
+        return composed(*arguments)
 
     return lambda *arguments: deepcopy(compose_once(*arguments))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_verl_and_our_checks_take_the_command(name, composed):
-    config = composed(name)
+def test_verl_and_our_checks_take_the_command(name, config_of):
+    config = config_of(name)
     prepare(config)
     validate_config(config, need_reference_policy(config), need_critic(config))
     assert config.trainer.resume_mode == "auto" and "wandb" in config.trainer.logger
@@ -124,8 +121,8 @@ def test_verl_and_our_checks_take_the_command(name, composed):
     assert ("hf_model" in saved) == (not config.actor_rollout_ref.model.lora_rank)
 
 
-def test_the_number_of_nodes_is_a_variable(composed):
-    config = composed("qwen3_32b_to_4b", "NNODES=2")
+def test_the_number_of_nodes_is_a_variable(config_of):
+    config = config_of("qwen3_32b_to_4b", "NNODES=2")
     prepare(config)
     assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == (2, 8)
 
@@ -177,9 +174,9 @@ def test_every_recipe_has_an_estimate():
 
 
 @pytest.mark.parametrize("title", plans())
-def test_the_estimates_are_the_planner_s_for_the_recipe_s_settings_and_fit(title, composed, sizes):
+def test_the_estimates_are_the_planner_s_for_the_recipe_s_settings_and_fit(title, config_of, sizes):
     script, *variables = title.split()
-    config = composed(script.removesuffix(".sh"), *variables)
+    config = config_of(script.removesuffix(".sh"), *variables)
     options = _parser().parse_args(plans()[title])
     settings = _settings(options)
     assert replace(settings_of(config), topk=settings.topk) == settings

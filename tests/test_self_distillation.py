@@ -23,12 +23,11 @@ from types import SimpleNamespace
 import pytest
 import self_distillation
 from arithmetic import EOS, build_tokenizer, problems, tiny_model, without_carry
+from composition import composed
 from datasets import Dataset
-from hydra import compose, initialize_config_module
 from self_distillation import PROMPTS, corpora, make_data, solved_examples, table, trainer_command
 from transformers import AutoTokenizer
 
-from verl.on_policy_distillation import hydra_source
 from verl.on_policy_distillation.checks import require_prompts, validate
 
 TAUGHT, HELD_OUT = problems()
@@ -92,10 +91,8 @@ def test_the_base_is_taught_the_texts_that_the_teacher_reads(folder):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_trainer_takes_the_command_and_every_row(prompt, folder):
-    hydra_source.install()
     overrides = trainer_command(folder, prompt, ["data.seed=1"])[3:]
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides=overrides)
+    config = composed(*overrides)
     assert config.teacher.prompt_key == prompt and config.data.seed == 1
     validate(config)
 

@@ -301,15 +301,10 @@ def task_table(every_task: list[dict]) -> str:
 
 def ratio_table(every_task: list[dict]) -> str:
     """The columns of `task_table` that fit a narrow page."""
-    titles = [
-        "Task",
-        "Tokens an answer",
-        "Base",
-        "Teacher",
-        "Student",
-        *(f"Ratio of steps to {to}" for to in MILESTONES.values()),
-    ]
-    return markdown([{title: task_row(results)[title] for title in titles} for results in every_task])
+    ratios = [f"Ratio of steps to {target}" for target in MILESTONES.values()]
+    titles = ["Task", "Tokens an answer", "Base", "Teacher", "Student", *ratios]
+    rows = map(task_row, every_task)
+    return markdown([{title: row[title] for title in titles} for row in rows])
 
 
 def run_lengths(methods: dict[str, dict]) -> str:
